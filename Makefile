@@ -1,0 +1,37 @@
+# Every target works in the active virtual environment, or in .venv, which it makes if there is none.
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.entmaxkv
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMPS)/run
+	$(BIN)/entmaxkv demo
+
+test: $(STAMPS)/develop lint
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=15
+lint: $(STAMPS)/develop
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/entmaxkv_kernels
+	MYPYPATH=build/mypy $(BIN)/mypy -p entmaxkv_kernels
+	MYPYPATH=build/mypy $(BIN)/mypy
+
+setup: $(STAMPS)/run
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/run: pyproject.toml scripts/setup_cpu.py | $(BIN)/python
+	$(BIN)/python scripts/setup_cpu.py
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/develop: pyproject.toml scripts/setup_cpu.py | $(BIN)/python
+	$(BIN)/python scripts/setup_cpu.py dev
+	mkdir -p $(STAMPS) && touch $@ $(STAMPS)/run
+
+clean:
+	rm -rf .venv build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

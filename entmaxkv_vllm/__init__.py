@@ -1,0 +1,15 @@
+"""EntmaxKV for vLLM: alpha-entmax attention served exactly, or with support-aware sparse decoding.
+
+vLLM finds this package through its plugin entry points; importing it by hand before
+`LLM(attention_config=...)` registers the backend early enough for that spelling too.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+
+__version__ = version("entmaxkv-vllm")
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+"""Folder of the small entmax model that ships with the package (alpha 1.5, byte tokens)."""
+
+__all__ = ["DEMO_MODEL", "__version__"]

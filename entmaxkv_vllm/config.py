@@ -1,0 +1,278 @@
+"""One frozen configuration: its fields, where each value comes from, and what is refused."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.entmaxkv")
+
+SELECTORS = ("exact", "gaussian", "topk")
+PAGE_SIZES = (16, 32, 64, 128)
+ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
+SECTION = "entmaxkv"
+
+_SOFTMAX_REMEDY = (
+    "if this is an ordinary softmax model, say so: "
+    """--additional-config '{"entmaxkv": {"alpha": 1.0}}'; if it was trained with entmax, """
+    """give its alpha: --hf-overrides '{"entmax_alpha": 1.5}'"""
+)
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot be served: the message names it, its value and the remedy."""
+
+    def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"entmaxkv: {setting}={value!r} {problem}; {remedy}")
+
+
+@dataclass(frozen=True)
+class EntmaxKVConfig:
+    """What is in force for one engine. Build it with :func:`resolve` or :func:`from_vllm`.
+
+    Attributes:
+        alpha: entmax alpha in [1, 2], one for all query heads or one per query head of the
+            whole model (before tensor parallelism). 1 is softmax.
+        selector: `exact` reads every page of keys; `gaussian` reads the pages whose keys can
+            reach the estimated threshold (EntmaxKV, arXiv 2605.21649); `topk` reads the best
+            pages of `token_budget` (Quest, arXiv 2406.10774).
+        token_budget: tokens that `topk` reads per step and KV head, besides the last page.
+        page_size: tokens in a page; one vLLM block is a whole number of pages.
+        dense_layers: indices of layers that always decode exactly.
+        exact_below: contexts up to this many tokens always decode exactly.
+        sources: where each value came from, by field name.
+    """
+
+    alpha: float | tuple[float, ...]
+    selector: str = "exact"
+    token_budget: int = 2048
+    page_size: int = 16
+    dense_layers: tuple[int, ...] = ()
+    exact_below: int = 2048
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
+        """alpha of query heads [first_head, first_head + num_heads) of the whole model."""
+        if isinstance(self.alpha, tuple):
+            return self.alpha[first_head : first_head + num_heads]
+        return self.alpha
+
+    def describe(self) -> str:
+        """One line: every value in force and where it came from."""
+        return ", ".join(
+            f"{name}={getattr(self, name)} ({self.sources.get(name, 'default')})"
+            for name in OPTIONS
+        )
+
+
+OPTIONS = tuple(f.name for f in fields(EntmaxKVConfig) if f.name != "sources")
+
+
+def resolve(
+    checkpoint: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    additional: Mapping[str, Any] | None = None,
+    num_query_heads: int,
+    num_layers: int,
+) -> EntmaxKVConfig:
+    """Merge and validate the settings of one model.
+
+    Args:
+        checkpoint: the model's config.json as loaded, with `overrides` already merged in.
+        overrides: what `--hf-overrides` gave, used only to name the source of alpha.
+        additional: `--additional-config`; its section `entmaxkv` wins over the checkpoint.
+        num_query_heads: query heads of the whole model.
+        num_layers: layers of the whole model.
+
+    Raises:
+        ConfigurationError: for any value that cannot be served.
+    """
+    options = _section(additional or {})
+    values: dict[str, Any] = dict(options)
+    sources = dict.fromkeys(options, "--additional-config")
+    if "alpha" not in values:
+        values["alpha"], sources["alpha"] = _checkpoint_alpha(checkpoint, overrides or {})
+    values["alpha"] = _alpha(values["alpha"], sources["alpha"], num_query_heads)
+
+    defaults = {f.name: f.default for f in fields(EntmaxKVConfig)}
+    config = EntmaxKVConfig(
+        alpha=values["alpha"],
+        selector=_choice("selector", values.get("selector", defaults["selector"]), SELECTORS),
+        token_budget=_integer("token_budget", values.get("token_budget", defaults["token_budget"])),
+        page_size=_page_size(values.get("page_size", defaults["page_size"])),
+        dense_layers=_layers(values.get("dense_layers", defaults["dense_layers"]), num_layers),
+        exact_below=_integer("exact_below", values.get("exact_below", defaults["exact_below"])),
+        sources=sources,
+    )
+    if config.token_budget < config.page_size:
+        raise ConfigurationError(
+            "token_budget",
+            config.token_budget,
+            f"is less than one page of {config.page_size} tokens",
+            f"give at least {config.page_size}",
+        )
+    alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,)
+    if config.selector == "gaussian" and 1.0 in alphas:
+        raise ConfigurationError(
+            "selector",
+            "gaussian",
+            "estimates an entmax threshold, which softmax (alpha 1) does not have",
+            "use selector exact or topk",
+        )
+    return config
+
+
+def _section(additional: Mapping[str, Any]) -> Mapping[str, Any]:
+    if SECTION not in additional:
+        near = difflib.get_close_matches(SECTION, list(additional), n=1, cutoff=0.8)
+        if near:
+            raise ConfigurationError(
+                "additional_config", near[0], "is not a section", f"did you mean {SECTION!r}?"
+            )
+        return {}
+    options = additional[SECTION]
+    if not isinstance(options, Mapping):
+        raise ConfigurationError(
+            f"additional_config[{SECTION!r}]",
+            options,
+            "is not a JSON object",
+            """write it as '{"entmaxkv": {"selector": "exact"}}'""",
+        )
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigurationError(
+                "option", name, "is unknown", _suggestion(str(name), OPTIONS)
+            )
+    return options
+
+
+def _suggestion(name: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    listed = f"choose from {', '.join(choices)}"
+    return f"did you mean {near[0]!r}? ({listed})" if near else listed
+
+
+def _checkpoint_alpha(
+    checkpoint: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[Any, str]:
+    keys = ALPHA_KEYS
+    if "use_triton_entmax" in checkpoint:
+        # SparseModernBERT calls it plainly `alpha`, too common a name to trust elsewhere.
+        keys = (*ALPHA_KEYS, "alpha")
+    for key in keys:
+        if checkpoint.get(key) is not None:
+            source = "--hf-overrides" if key in overrides else f"config.json {key}"
+            return checkpoint[key], source
+    raise ConfigurationError(
+        "entmax_alpha", None, "is missing from the model's config.json", _SOFTMAX_REMEDY
+    )
+
+
+def _alpha(value: Any, source: str, num_query_heads: int) -> float | tuple[float, ...]:
+    setting = f"alpha ({source})"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != num_query_heads:
+            raise ConfigurationError(
+                setting,
+                list(value),
+                f"has {len(value)} entries but the model has {num_query_heads} query heads",
+                f"give one alpha, or one for each of the {num_query_heads} query heads",
+            )
+        return tuple(_one_alpha(setting, entry) for entry in value)
+    return _one_alpha(setting, value)
+
+
+def _one_alpha(setting: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(setting, value, "is not a number", "give a number in [1, 2]")
+    if not 1.0 <= value <= 2.0:
+        raise ConfigurationError(
+            setting,
+            value,
+            "is outside [1, 2]",
+            "1 is softmax, 1.5 the usual entmax, 2 sparsemax",
+        )
+    return float(value)
+
+
+def _choice(setting: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ConfigurationError(setting, value, "is unknown", _suggestion(str(value), choices))
+    return value
+
+
+def _integer(setting: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(
+            setting, value, "is not a number of tokens", "give an integer of at least 0"
+        )
+    return value
+
+
+def _page_size(value: Any) -> int:
+    if isinstance(value, bool) or value not in PAGE_SIZES:
+        raise ConfigurationError(
+            "page_size", value, "is not usable", f"choose from {', '.join(map(str, PAGE_SIZES))}"
+        )
+    return value
+
+
+def _layers(value: Any, num_layers: int) -> tuple[int, ...]:
+    remedy = f"give a list of layer indices from 0 to {num_layers - 1}"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigurationError("dense_layers", value, "is not a list", remedy)
+    for index in value:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:
+            raise ConfigurationError(
+                "dense_layers", list(value), f"holds {index!r}, which is no layer", remedy
+            )
+    return tuple(sorted(set(value)))
+
+
+_last_resolved: EntmaxKVConfig | None = None
+
+
+def from_vllm(vllm_config: "VllmConfig") -> EntmaxKVConfig:
+    """Resolve the configuration of one engine and remember it for this process.
+
+    Raises:
+        ConfigurationError: for any value that cannot be served.
+    """
+    global _last_resolved
+    model = vllm_config.model_config
+    overrides = model.hf_overrides
+    config = resolve(
+        {**vars(model.hf_config), **vars(model.hf_text_config)},
+        overrides=overrides if isinstance(overrides, Mapping) else None,
+        additional=vllm_config.additional_config,
+        num_query_heads=model.hf_text_config.num_attention_heads,
+        num_layers=model.get_total_num_hidden_layers(),
+    )
+    if config != _last_resolved:
+        logger.info("EntmaxKV in force: %s", config.describe())
+    _last_resolved = config
+    return config
+
+
+def current() -> EntmaxKVConfig:
+    """The configuration in force in this process.
+
+    vLLM asks for block sizes and cache specs also where no engine configuration is set; the
+    one that the layers were built with counts there.
+
+    Raises:
+        RuntimeError: if neither a vLLM configuration is set nor one was resolved before.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None and vllm_config.model_config is not None:
+        return from_vllm(vllm_config)
+    if _last_resolved is None:
+        raise RuntimeError("entmaxkv: asked for its configuration before any model was set up")
+    return _last_resolved

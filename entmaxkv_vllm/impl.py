@@ -1,0 +1,174 @@
+"""One layer's forward: append to the pages, then prefill and decode over them."""
+
+from typing import Any, ClassVar
+
+import torch
+from entmaxkv_kernels import (
+    Exact,
+    Gaussian,
+    PagedCache,
+    PageLayout,
+    Selector,
+    TopK,
+    append,
+    decode,
+    prefill,
+)
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from entmaxkv_vllm import cache, telemetry
+from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig, from_vllm
+from entmaxkv_vllm.metadata import EntmaxKVMetadata
+
+
+def selector_of(config: EntmaxKVConfig) -> Selector:
+    """The kernels' selector for a configuration."""
+    if config.selector == "gaussian":
+        return Gaussian()
+    if config.selector == "topk":
+        return TopK(token_budget=config.token_budget)
+    return Exact()
+
+
+class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
+    """Entmax attention of one layer over vLLM's paged cache.
+
+    Raises:
+        ConfigurationError: for settings of the model that entmax attention has no meaning for.
+    """
+
+    is_sparse: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        if logits_soft_cap:
+            raise ConfigurationError(
+                "logits_soft_cap",
+                logits_soft_cap,
+                "is not supported by ENTMAXKV",
+                "serve this model with another attention backend",
+            )
+        if extra:
+            raise ConfigurationError(
+                "attention option",
+                sorted(extra),
+                "is not supported by ENTMAXKV",
+                "serve this model with another attention backend",
+            )
+        vllm_config = get_current_vllm_config()
+        self.config = from_vllm(vllm_config)
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.alpha = self.config.head_alphas(
+            get_tensor_model_parallel_rank() * num_heads, num_heads
+        )
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.selector = selector_of(self.config)
+        self.layout: PageLayout = cache.page_layout(self.config, self.selector, head_size)
+        self.counters = telemetry.worker_counters(vllm_config)
+        self._layer_index: int | None = None
+        self._pages: PagedCache | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write this step's keys and values, and refresh the touched pages' statistics.
+
+        Args:
+            key, value: [tokens, kv_heads, head_size].
+            slot_mapping: [tokens] int64, block * page_size + offset; negative for padding.
+        """
+        tokens = slot_mapping.shape[0]
+        append(self._paged(kv_cache), key[:tokens], value[:tokens], slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: EntmaxKVMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; the keys and values of this step are already in the cache.
+
+        Args:
+            query: [tokens, query_heads, head_size]; rows past the batch's tokens are padding.
+            output: same shape, written in place.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)
+        index = self._index(layer)
+        pages = self._paged(kv_cache)
+        if (rows := attn_metadata.decode) is not None:
+            tokens = slice(rows.first_token, rows.last_token)
+            decode(
+                query[tokens],
+                pages,
+                rows.block_table,
+                rows.seq_lens,
+                scale=self.scale,
+                alpha=self.alpha,
+                selector=Exact() if index in self.config.dense_layers else self.selector,
+                alibi_slopes=self.alibi_slopes,
+                sliding_window=self.sliding_window,
+                exact_below=self.config.exact_below,
+                counters=self.counters[index],
+                out=output[tokens],
+            )
+        if (rows := attn_metadata.prefill) is not None:
+            tokens = slice(rows.first_token, rows.last_token)
+            prefill(
+                query[tokens],
+                pages,
+                rows.block_table,
+                rows.seq_lens,
+                rows.query_start_loc,
+                scale=self.scale,
+                alpha=self.alpha,
+                alibi_slopes=self.alibi_slopes,
+                sliding_window=self.sliding_window,
+                out=output[tokens],
+            )
+        return output
+
+    def _index(self, layer: AttentionLayer) -> int:
+        if self._layer_index is None:
+            self._layer_index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+        return self._layer_index
+
+    def _paged(self, kv_cache: torch.Tensor) -> PagedCache:
+        if self._pages is None or self._pages.key.data_ptr() != kv_cache.data_ptr():
+            self._pages = cache.views(kv_cache, self.layout)
+        return self._pages

@@ -1,0 +1,61 @@
+"""The counters on the server's /metrics page."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from entmaxkv_kernels import Counter
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from entmaxkv_vllm.telemetry import read_counters
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+DESCRIPTIONS = {
+    Counter.STEPS: "Decode steps: one for each sequence, layer and token",
+    Counter.SPARSE_STEPS: "Decode steps in which a sparse selector chose the pages",
+    Counter.PAGES_HELD: "Pages that dense decoding would have read, per KV head",
+    Counter.PAGES_READ: "Pages whose keys decoding read, per KV head",
+    Counter.SUPPORT: "Tokens with a weight above zero, summed over query heads",
+    Counter.QUERY_HEADS: "Query heads that the support was summed over",
+}
+
+
+class EntmaxKVCollector(Collector):
+    """Reads the workers' counters when Prometheus asks, never in between."""
+
+    def __init__(self, instance_id: str, model_name: str) -> None:
+        self.instance_id = instance_id
+        self.model_name = model_name
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        table = read_counters(self.instance_id)
+        for counter in Counter:
+            family = CounterMetricFamily(
+                f"entmaxkv_{counter.name.lower()}", DESCRIPTIONS[counter], labels=["model_name"]
+            )
+            family.add_metric([self.model_name], int(table[:, counter].sum()))
+            yield family
+
+
+class EntmaxKVStatLogger(StatLoggerBase):
+    """vLLM creates it in the API server; all it does is to register the collector."""
+
+    _registered: dict[str, EntmaxKVCollector] = {}  # noqa: RUF012  one per engine, per process
+
+    def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
+        instance = vllm_config.instance_id
+        if instance not in self._registered:
+            names = vllm_config.model_config.served_model_name
+            name = names if isinstance(names, str) else names[0]
+            self._registered[instance] = EntmaxKVCollector(instance, name)
+            REGISTRY.register(self._registered[instance])
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the counters are read at scrape time."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to do: the configuration was logged when it was resolved."""

@@ -1,0 +1,70 @@
+"""Counters that prove what decoding did: written by each worker, read by anyone on the host.
+
+Every worker process maps one small file in shared memory, [layers, counters] int64, and the
+kernels add to it. Reading it costs the worker nothing.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from entmaxkv_kernels import Counter
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "entmaxkv"
+
+_mapped: dict[str, torch.Tensor] = {}
+
+
+def _folder() -> Path:
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def worker_counters(vllm_config: "VllmConfig") -> torch.Tensor:
+    """This process's counters for one engine, [layers, len(Counter)] int64, shared by its layers.
+
+    A layer of another pipeline stage keeps its zeros.
+    """
+    instance = vllm_config.instance_id
+    if instance not in _mapped:
+        _remove_orphans()
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
+        path = _folder() / f"{_PREFIX}-{instance}-{os.getpid()}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "r+b") as file:
+            file.write(bytes(layers * len(Counter) * 8))
+        table = np.memmap(path, dtype=np.int64, mode="r+", shape=(layers, len(Counter)))
+        _mapped[instance] = torch.from_numpy(table)
+    return _mapped[instance]
+
+
+def read_counters(instance_id: str) -> np.ndarray:
+    """Sum of an engine's counters over its worker processes, [layers, len(Counter)] int64.
+
+    Without any worker (none started yet, or none on this host): shape [0, len(Counter)].
+    """
+    total = np.zeros((0, len(Counter)), dtype=np.int64)
+    for path in _folder().glob(f"{_PREFIX}-{instance_id}-*"):
+        table = np.fromfile(path, dtype=np.int64).reshape(-1, len(Counter))
+        total = table if not len(total) else total + table
+    return total
+
+
+def engine_counters(llm: Any) -> dict[str, int]:
+    """What an offline `vllm.LLM` decoded so far, by counter name, summed over layers."""
+    table = read_counters(llm.llm_engine.vllm_config.instance_id)
+    return {counter.name.lower(): int(table[:, counter].sum()) for counter in Counter}
+
+
+def _remove_orphans() -> None:
+    """Remove files of workers that were killed before they could do it themselves."""
+    for path in _folder().glob(f"{_PREFIX}-*-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+"""The public kernels: validate, then hand over to an implementation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference as implementation
+from .pages import PagedCache
+from .report import DecodeReport
+from .selectors import Selector
+from .validation import (
+    check_append,
+    check_attention,
+    check_decode,
+    check_query_start_loc,
+    head_alpha,
+)
+
+
+def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    """Write new tokens into their slots and refresh the statistics of the pages they touch.
+
+    The statistics of a touched page are recomputed from the page's own rows, from 0 to the last
+    one written by this call, and never accumulated: pages are reused without being cleared, and
+    a sequence fills its pages in order, so rows after the last one written are not its own.
+
+    cache: pages of one layer, fp16, bf16, fp32 or fp64. Written in place.
+    key, value: [tokens, kv_heads, head_size], dtype of the cache.
+    slot_mapping: [tokens] int64, page * page_size + offset; a negative slot skips its token.
+
+    Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device.
+    """
+    check_append(cache, key, value, slot_mapping)
+    implementation.append(cache, key, value, slot_mapping)
+
+
+def prefill(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    alpha: float | Sequence[float] | Tensor,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Dense causal attention of chunks of new tokens over everything before them.
+
+    The keys and values of the chunks have already been appended. Query i of sequence b stands at
+    position seq_len - query_len + i and sees the keys at positions up to its own. Its weights are
+    the alpha-entmax of scale * q.k + slope * (key position - query position).
+
+    query: [tokens, query_heads, head_size], dtype of the cache, packed by query_start_loc;
+        query_heads is a multiple of kv_heads, and query heads of one KV head are neighbours.
+    block_table: [B, max_pages] int32 or int64, physical page of each page of a sequence; entries
+        past its last page are never read.
+    seq_lens: [B] int32 or int64, tokens of each sequence with its chunk.
+    query_start_loc: [B + 1] int32 or int64, where each chunk starts in query, and the end.
+    scale: factor of q.k, usually head_size ** -0.5.
+    alpha: within [1, 2], one number or one per query head; 1 is softmax, 2 sparsemax.
+    alibi_slopes: [query_heads] fp32.
+    sliding_window: tokens a query sees, the last ones up to and with its own.
+    out: [tokens, query_heads, head_size] to write to; tokens outside every chunk are left alone.
+
+    Returns out, or a new tensor with zeros in tokens outside every chunk. Computed in fp32, or in
+    fp64 for an fp64 cache. Raises TypeError or ValueError as `append` does, and for an alpha out
+    of range or a block table too narrow for the lengths.
+    """
+    check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
+    check_query_start_loc(query_start_loc, query, seq_lens)
+    return implementation.prefill(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        scale=scale,
+        alpha=head_alpha(alpha, query.shape[1], query.device),
+        alibi_slopes=alibi_slopes,
+        sliding_window=sliding_window,
+        out=torch.zeros_like(query) if out is None else out,
+    )
+
+
+def decode(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Sequence[float] | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    exact_rows: Tensor | None = None,
+    exact_below: int = 0,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence over the pages that a selector chooses.
+
+    The token's key and value have already been appended; it stands at position seq_len - 1. The
+    last page is always read. The weights are the exact entmax of what is read and sum to one. All
+    query heads of a KV head read the same pages.
+
+    query: [B, query_heads, head_size], dtype of the cache.
+    block_table, seq_lens, scale, alpha, alibi_slopes: as in `prefill`; a sequence of length 0 is
+        padding and gives zeros. The gaussian selector needs every alpha above 1.
+    selector: Exact(), Gaussian(...) or TopK(...); the cache has to hold the statistics it reads.
+    sliding_window: as in `prefill`; every page inside the window is read, whatever the selector.
+    exact_rows: [B] bool, sequences to decode exactly.
+    exact_below: sequences of at most this many tokens are decoded exactly.
+    counters: [len(Counter)] int64, added to in place; see `Counter`.
+    out: [B, query_heads, head_size] to write to.
+
+    Returns out, or a new tensor. Computed in fp32, or in fp64 for an fp64 cache. Raises TypeError
+    or ValueError as `prefill` does, and for a selector that the cache has no statistics for.
+    """
+    check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
+    alpha = head_alpha(alpha, query.shape[1], query.device)
+    check_decode(query, cache, seq_lens, alpha, selector, exact_rows, counters)
+    return implementation.decode(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        alpha=alpha,
+        selector=selector,
+        alibi_slopes=alibi_slopes,
+        sliding_window=sliding_window,
+        exact_rows=exact_rows,
+        exact_below=exact_below,
+        counters=counters,
+        out=torch.empty_like(query) if out is None else out,
+    )
+
+
+def analyze_decode(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Sequence[float] | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None = None,
+    sliding_window: int | None = None,
+    exact_rows: Tensor | None = None,
+    exact_below: int = 0,
+) -> DecodeReport:
+    """How far `decode` with the same arguments is from exact, per sequence and query head.
+
+    Computes both, so it costs more than exact decoding; see `DecodeReport`.
+    """
+    check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, None)
+    alpha = head_alpha(alpha, query.shape[1], query.device)
+    check_decode(query, cache, seq_lens, alpha, selector, exact_rows, None)
+    return implementation.analyze_decode(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        alpha=alpha,
+        selector=selector,
+        alibi_slopes=alibi_slopes,
+        sliding_window=sliding_window,
+        exact_rows=exact_rows,
+        exact_below=exact_below,
+    )

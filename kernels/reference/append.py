@@ -1,0 +1,49 @@
+"""Writing new tokens into their pages, and keeping the pages' statistics."""
+
+import torch
+from torch import Tensor
+
+from ..pages import PagedCache
+from .scores import compute_dtype
+
+STD_FLOOR = 1e-6
+"""Least standard deviation kept for a channel, as in EntmaxKV."""
+
+
+def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    """See `entmaxkv_kernels.append`."""
+    written = slot_mapping >= 0
+    if not written.all():
+        slot_mapping, key, value = slot_mapping[written], key[written], value[written]
+    page_size = cache.layout.page_size
+    page, offset = slot_mapping // page_size, slot_mapping % page_size
+    cache.key[page, :, offset] = key
+    cache.value[page, :, offset] = value
+    if cache.layout.statistics:
+        _refresh_statistics(cache, page, offset)
+
+
+def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None:
+    """Recompute the statistics of every touched page from the page's own rows.
+
+    Pages are reused without being cleared, so rows after the last written one belong to a
+    previous owner. A sequence fills its pages in order: the last offset written is the page's
+    last valid row.
+    """
+    touched, position = page.unique(return_inverse=True)
+    last = torch.zeros_like(touched).scatter_reduce_(0, position, offset, "amax")
+    rows = torch.arange(cache.layout.page_size, device=page.device)
+    valid = (rows <= last[:, None])[:, None, :, None]  # [pages, 1, page_size, 1]
+    key = cache.key[touched]  # [pages, kv_heads, page_size, head_size]
+    if cache.layout.statistics == ("minimum", "maximum"):
+        low = key.masked_fill(~valid, torch.inf).amin(2)
+        high = key.masked_fill(~valid, -torch.inf).amax(2)
+        statistics = torch.stack((low, high), 2)
+    else:
+        count = (last + 1)[:, None, None]
+        key = key.to(compute_dtype(key.dtype))
+        mean = key.masked_fill(~valid, 0).sum(2) / count
+        deviation = (key - mean[:, :, None]).masked_fill_(~valid, 0)
+        std = (deviation.square_().sum(2) / count).sqrt_().clamp_min_(STD_FLOOR)
+        statistics = torch.stack((mean, std), 2).to(cache.statistics.dtype)
+    cache.statistics[touched] = statistics

@@ -1,0 +1,25 @@
+"""The pages that a sparse selector chooses from."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Candidates(NamedTuple):
+    """Every page but the last of some sequences; each holds page_size tokens.
+
+    query: [B, kv_heads, group, head_size] in the compute dtype.
+    statistics: [2, B, kv_heads, P, head_size] in the compute dtype; anything where not `ranked`.
+    ranked: [B, P] bool, the pages to choose from, at least one per sequence.
+    seq_lens: [B]; the query stands at position seq_len - 1.
+    scale, alpha, alibi_slopes: as in `decode`.
+    """
+
+    query: Tensor
+    statistics: Tensor
+    ranked: Tensor
+    seq_lens: Tensor
+    page_size: int
+    scale: float
+    alpha: float | Tensor
+    alibi_slopes: Tensor | None

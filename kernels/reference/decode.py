@@ -1,0 +1,219 @@
+"""Attention of one query per sequence over chosen pages of the cache.
+
+The unit of work is a row: one sequence and KV head, with all query heads of its group. Rows read
+their own pages and nothing else; rows of similar length are padded and computed together.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pages import PagedCache
+from ..report import Counter, DecodeReport
+from ..selectors import Selector
+from .entmax import solve_entmax
+from .scores import scale_to_scores
+from .select import select_pages
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Key elements gathered at a time."""
+
+
+def decode(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    exact_rows: Tensor | None,
+    exact_below: int,
+    counters: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """See `entmaxkv_kernels.decode`."""
+    seq_lens = seq_lens.long()
+    selection = select_pages(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        alpha=alpha,
+        selector=selector,
+        alibi_slopes=alibi_slopes,
+        sliding_window=sliding_window,
+        exact_rows=exact_rows,
+        exact_below=exact_below,
+    )
+    scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
+    support = torch.zeros((), dtype=torch.int64, device=query.device)
+    grouped_out = out.unflatten(1, (cache.key.shape[1], -1)).zero_()
+    for rows in attend_pages(
+        scaled, cache, block_table, seq_lens, selection.selected, alpha, slopes, sliding_window
+    ):
+        grouped_out[rows.sequence, rows.head] = rows.output.to(out.dtype)
+        if counters is not None:
+            support += (rows.weights > 0).sum()
+    if counters is not None:
+        steps = (seq_lens > 0).sum()
+        counters[Counter.STEPS] += steps
+        counters[Counter.SPARSE_STEPS] += selection.sparse.sum()
+        counters[Counter.PAGES_HELD] += selection.held.sum() * cache.key.shape[1]
+        counters[Counter.PAGES_READ] += selection.selected.sum()
+        counters[Counter.SUPPORT] += support
+        counters[Counter.QUERY_HEADS] += steps * query.shape[1]
+    return out
+
+
+class AttendedRows(NamedTuple):
+    """A chunk of rows, each a sequence and KV head.
+
+    sequence, head: [rows]
+    page: [rows, K] pages read, by position in the sequence; past a row's last page, any number
+        that is not a page of the sequence.
+    weights: [rows, group, K, page_size]
+    tau: [rows, group]
+    output: [rows, group, head_size]
+    """
+
+    sequence: Tensor
+    head: Tensor
+    page: Tensor
+    weights: Tensor
+    tau: Tensor
+    output: Tensor
+
+
+def attend_pages(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    selected: Tensor,
+    alpha: float | Tensor,
+    slopes: Tensor | None,
+    sliding_window: int | None,
+) -> Iterator[AttendedRows]:
+    """Entmax attention over the selected pages [B, kv_heads, P], chunk by chunk.
+
+    query: [B, query_heads, head_size] scaled to scores, as the slopes are.
+    """
+    kv_heads, page_size, head_size = cache.key.shape[1:]
+    grouped = query.unflatten(1, (kv_heads, -1))
+    group = grouped.shape[2]
+    if isinstance(alpha, Tensor):
+        alpha = alpha.view(kv_heads, group)
+    if slopes is not None:
+        slopes = slopes.view(kv_heads, group)
+    for row, page, count in _chunk_rows(selected.flatten(0, 1), page_size * head_size):
+        sequence, head = row // kv_heads, row % kv_heads
+        last = seq_lens[sequence, None] - 1  # the query's position
+        # Past a row's own pages stands a page after the query, of which no key is visible; what
+        # is read in its place is the sequence's last page.
+        padding = torch.arange(page.shape[1], device=row.device) >= count[:, None]
+        page = page.masked_fill(padding, block_table.shape[1])
+        ids = block_table[sequence[:, None], page.minimum(last // page_size)].long()
+        position = page[..., None] * page_size + torch.arange(page_size, device=row.device)
+        relative = position.flatten(1) - last  # [rows, keys], keys = K * page_size
+        hidden = relative > 0
+        if sliding_window is not None:
+            hidden |= relative <= -sliding_window
+
+        keys = cache.key[ids, head[:, None]].flatten(1, 2).to(query.dtype)
+        scores = grouped[sequence, head] @ keys.mT  # [rows, group, keys]
+        if slopes is not None:
+            scores.addcmul_(slopes[head, :, None], relative[:, None].to(scores.dtype))
+        scores.masked_fill_(hidden[:, None], -torch.inf)
+        weights, tau = solve_entmax(scores, alpha[head] if isinstance(alpha, Tensor) else alpha)
+
+        # Slots that hold no token of the sequence may hold anything, even NaN.
+        values = cache.value[ids, head[:, None]].flatten(1, 2).to(query.dtype)
+        output = weights @ values.masked_fill_(hidden[..., None], 0)
+        weights = weights.unflatten(-1, (*page.shape[1:], page_size))
+        yield AttendedRows(sequence, head, page, weights, tau, output)
+
+
+def _chunk_rows(selected: Tensor, page_elements: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Split rows of selected [R, P] into chunks of similar length.
+
+    Yields the rows [r] of a chunk, their pages [r, K] in ascending order, and the number of
+    pages [r] of each; what stands past a row's number is 0. Rows without pages are left out.
+    """
+    counts = selected.sum(-1)
+    row, page = selected.nonzero(as_tuple=True)
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    listed = torch.zeros_like(selected, dtype=torch.int64)
+    listed[row, column] = page
+    order = counts.argsort(dim=0, descending=True, stable=True)
+    lengths = counts[order].tolist()
+    start = 0
+    while start < len(lengths) and lengths[start]:
+        size = max(1, _CHUNK_ELEMENTS // (lengths[start] * page_elements))
+        rows = order[start : start + size]
+        rows = rows[counts[rows] > 0]
+        yield rows, listed[rows, : lengths[start]], counts[rows]
+        start += size
+
+
+def analyze_decode(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    exact_rows: Tensor | None,
+    exact_below: int,
+) -> DecodeReport:
+    """See `entmaxkv_kernels.analyze_decode`."""
+    seq_lens = seq_lens.long()
+    selection = select_pages(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        alpha=alpha,
+        selector=selector,
+        alibi_slopes=alibi_slopes,
+        sliding_window=sliding_window,
+        exact_rows=exact_rows,
+        exact_below=exact_below,
+    )
+    scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
+    heads = (len(query), cache.key.shape[1], query.shape[1] // cache.key.shape[1])
+    tau, dropped, recall = (scaled.new_zeros(heads) for _ in range(3))
+    exact, difference = (scaled.new_zeros(*heads, query.shape[2]) for _ in range(2))
+    context = (scaled, cache, block_table, seq_lens)
+    everything = selection.held[:, None].expand_as(selection.selected)
+    for rows in attend_pages(*context, everything, alpha, slopes, sliding_window):
+        place = rows.sequence, rows.head
+        page = rows.page.clamp_max(selection.selected.shape[-1] - 1)
+        unread = ~selection.selected[place].gather(1, page)[:, None]  # [rows, 1, K]
+        tau[place] = rows.tau
+        dropped[place] = (rows.weights.sum(-1) * unread).sum(-1)
+        support = (rows.weights > 0).sum(-1)
+        recall[place] = ((support * ~unread).sum(-1) / support.sum(-1)).to(recall.dtype)
+        exact[place] = rows.output
+    for rows in attend_pages(*context, selection.selected, alpha, slopes, sliding_window):
+        place = rows.sequence, rows.head
+        difference[place] = rows.output - exact[place]
+    norm = exact.norm(dim=-1).clamp_min(torch.finfo(exact.dtype).tiny)
+    return DecodeReport(
+        tau=tau.flatten(1),
+        selected=selection.selected,
+        dropped_mass=dropped.flatten(1),
+        support_recall=recall.flatten(1),
+        output_error=(difference.norm(dim=-1) / norm).flatten(1),
+    )

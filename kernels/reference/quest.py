@@ -1,0 +1,51 @@
+"""The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
+
+Quest bounds the scores of a page from the channels' extremes: with k_d between minimum_d and
+maximum_d, q.k <= sum_d max(q_d minimum_d, q_d maximum_d).
+"""
+
+import torch
+from torch import Tensor
+
+from ..selectors import TopK
+from .candidates import Candidates
+from .scores import scale_to_scores
+
+
+def quest_bounds(candidates: Candidates) -> Tensor:
+    """Upper bound [B, kv_heads, group, P] of the scores z in each page.
+
+    ALiBi counts at the page's most favourable position.
+    """
+    minimum, maximum = candidates.statistics  # each [B, kv_heads, P, head_size]
+    heads = candidates.query.shape[1:3]
+    query, slopes = scale_to_scores(
+        candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
+    )
+    query = query.unflatten(1, heads)
+    bounds = query.clamp_min(0) @ maximum.mT + query.clamp_max(0) @ minimum.mT
+    if slopes is not None:
+        page = torch.arange(minimum.shape[2], device=query.device)
+        first = page * candidates.page_size - (candidates.seq_lens[:, None] - 1)  # [B, P]
+        first = first[:, None, None].to(bounds.dtype)
+        last = first + candidates.page_size - 1
+        slopes = slopes.view(*heads, 1)
+        bounds = bounds + torch.maximum(slopes * first, slopes * last)
+    return bounds
+
+
+def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:
+    """Pages [B, kv_heads, P] bool to read: the best `token_budget // page_size` of each row.
+
+    The support of entmax lies within a fixed distance of a head's largest score, so what counts
+    is how far below the head's own best page a page's bound lies. A group ranks a page by the
+    head to which it matters most; ties go to the earlier page.
+    """
+    ranked = candidates.ranked
+    bounds = quest_bounds(candidates).masked_fill(~ranked[:, None, None], -torch.inf)
+    rank = (bounds - bounds.amax(-1, keepdim=True)).amax(2)  # [B, kv_heads, P]
+    best = rank.argsort(dim=-1, descending=True, stable=True)
+    budget = selector.token_budget // candidates.page_size
+    within = torch.arange(rank.shape[-1], device=rank.device) < budget
+    chosen = torch.zeros_like(rank, dtype=torch.bool)
+    return chosen.scatter_(-1, best, within.expand_as(best)) & ranked[:, None]

@@ -1,0 +1,25 @@
+"""From attention inputs to the scores that the entmax threshold is solved in."""
+
+import torch
+from torch import Tensor
+
+from .entmax import score_factor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for fp16, bf16 and fp32 data; fp64 for fp64 data."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scale_to_scores(
+    query: Tensor, scale: float, alpha: float | Tensor, alibi_slopes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Fold scale and the factor alpha - 1 into the query and the ALiBi slopes, once.
+
+    query: [tokens, query_heads, head_size]. Returns the query in the compute dtype, whose dot
+    product with a key is then z (see `entmax`), and the slopes [query_heads] per position.
+    """
+    dtype = compute_dtype(query.dtype)
+    factor = torch.as_tensor(score_factor(alpha), dtype=dtype, device=query.device)
+    slopes = None if alibi_slopes is None else alibi_slopes.to(dtype) * factor
+    return query.to(dtype) * (factor * scale)[..., None], slopes

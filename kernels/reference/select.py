@@ -1,0 +1,81 @@
+"""Choosing the pages that each KV head reads in a decode step.
+
+There is one page set per sequence and KV head: all query heads of a group share what is read.
+The last page is always in it, because it holds the newest tokens and its statistics still change.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pages import PagedCache
+from ..selectors import Exact, Gaussian, Selector
+from .candidates import Candidates
+from .gaussian import gaussian_pages
+from .quest import quest_pages
+from .scores import compute_dtype
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Statistics elements gathered at a time."""
+
+
+class Selection(NamedTuple):
+    """held: [B, P] pages that hold tokens the query may see. selected: [B, kv_heads, P] pages to
+    read. sparse: [B] sequences whose pages a sparse selector chose."""
+
+    held: Tensor
+    selected: Tensor
+    sparse: Tensor
+
+
+def select_pages(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    exact_rows: Tensor | None,
+    exact_below: int,
+) -> Selection:
+    """The pages to read for query [B, query_heads, head_size]; arguments as in `decode`."""
+    kv_heads, page_size = cache.key.shape[1:3]
+    page_count = (seq_lens + page_size - 1) // page_size
+    page = torch.arange(int(page_count.max()) if len(seq_lens) else 0, device=query.device)
+    held = page < page_count[:, None]
+    if sliding_window is not None:
+        held &= page >= (seq_lens[:, None] - sliding_window).clamp_min(0) // page_size
+    selected = held[:, None].repeat(1, kv_heads, 1)
+    if isinstance(selector, Exact) or sliding_window is not None:
+        return Selection(held, selected, torch.zeros_like(seq_lens, dtype=torch.bool))
+    sparse = (seq_lens > exact_below) & (page_count > 1)
+    if exact_rows is not None:
+        sparse &= ~exact_rows
+    dtype = compute_dtype(query.dtype)
+    chunk = max(1, _CHUNK_ELEMENTS // (len(page) * cache.statistics[0].numel() + 1))
+    for rows in sparse.nonzero().squeeze(-1).split(chunk):
+        ranked = page < page_count[rows, None] - 1  # every page but the last
+        # Entries of the block table past the sequence are stale: read page 0 in their place.
+        ids = block_table[rows, : len(page)].long().masked_fill(~ranked, 0)
+        statistics = cache.statistics[ids].to(dtype).permute(3, 0, 2, 1, 4)
+        candidates = Candidates(
+            query[rows].to(dtype).unflatten(1, (kv_heads, -1)),
+            statistics,
+            ranked,
+            seq_lens[rows],
+            page_size,
+            scale,
+            alpha,
+            alibi_slopes,
+        )
+        if isinstance(selector, Gaussian):
+            chosen = gaussian_pages(candidates, selector)
+        else:
+            chosen = quest_pages(candidates, selector)
+        selected[rows] = chosen | (held[rows] & ~ranked)[:, None]
+    return Selection(held, selected, sparse)

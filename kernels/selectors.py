@@ -1,0 +1,77 @@
+"""Page selectors: which pages of the past a decode step reads.
+
+A selector is a plain description; the rule itself lives with the kernels. `statistics` names the
+page statistics that the rule reads, which is what the page layout has to hold.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Every page: the entmax output, to rounding."""
+
+    name: ClassVar[str] = "exact"
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian page rule of EntmaxKV (arXiv 2605.21649), with the paper's constants.
+
+    Scores inside a page are modelled as normal, with the page's mean and diagonal variance. A
+    page is read when the `quantile` of its largest modelled score exceeds the threshold expected
+    of all pages, lowered by a margin. All lengths below are in units of the attention score
+    (`scale * q.k`).
+
+    The paper takes one of two settings by the spread of the scores, the standard deviation of
+    the scores that the model gives to one query head of one sequence: the `narrow_` setting when
+    it is below `narrow_spread`.
+
+    quantile, narrow_quantile: quantile of the largest score of a page, in (0, 1).
+    safety, narrow_safety: the least margin is this times the spread squared.
+    narrow_spread: the spread below which the narrow setting applies.
+    excess_fraction: the margin is at least this fraction of how far the expected threshold lies
+        above the reach of an average page, mean + `excess_deviations` standard deviations.
+    """
+
+    quantile: float = 0.995
+    narrow_quantile: float = 0.99
+    safety: float = 0.05
+    narrow_safety: float = 0.01
+    narrow_spread: float = 1.5
+    excess_fraction: float = 0.2
+    excess_deviations: float = 1.5
+
+    name: ClassVar[str] = "gaussian"
+    statistics: ClassVar[tuple[str, ...]] = ("mean", "std")
+
+    def __post_init__(self) -> None:
+        for field in ("quantile", "narrow_quantile"):
+            if not 0 < getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected between 0 and 1")
+        for field in ("safety", "narrow_safety", "excess_fraction"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 0")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
+
+    token_budget: tokens to read besides the last page, which is always read; rounded down to
+        whole pages. Below one page only the last page is read.
+    """
+
+    token_budget: int
+
+    name: ClassVar[str] = "topk"
+    statistics: ClassVar[tuple[str, ...]] = ("minimum", "maximum")
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 0:
+            raise ValueError(f"token_budget is {self.token_budget}; expected at least 0")
+
+
+Selector = Exact | Gaussian | TopK

@@ -1,0 +1,176 @@
+"""Checks of what the public functions are given. Each raises one error before any work is done,
+naming the argument, what it was, and what was expected."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pages import PagedCache
+from .report import Counter
+from .selectors import Exact, Gaussian, Selector, TopK
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _require(condition: bool, name: str, was: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {was}; expected {expected}")
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(str, dtypes))
+
+
+def _tensor(
+    name: str,
+    tensor: Any,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Strings in `shape` name dimensions of any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_either(dtypes)}")
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(size, str) or size == actual
+        for size, actual in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [{expected}]")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, where the cache is")
+
+
+def check_cache(cache: PagedCache) -> None:
+    if not isinstance(cache, PagedCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; expected a PagedCache")
+    if cache.key.dtype not in _FLOATS:
+        raise TypeError(f"cache has dtype {cache.key.dtype}; expected {_either(_FLOATS)}")
+
+
+def check_append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    check_cache(cache)
+    device, dtype = cache.key.device, cache.key.dtype
+    _tensor("slot_mapping", slot_mapping, ("tokens",), (torch.int64,), device)
+    shape = (len(slot_mapping), cache.key.shape[1], cache.layout.head_size)
+    _tensor("key", key, shape, (dtype,), device)
+    _tensor("value", value, shape, (dtype,), device)
+
+
+def check_attention(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    out: Tensor | None,
+) -> None:
+    """What prefill and decode have in common."""
+    check_cache(cache)
+    device, dtype, kv_heads = cache.key.device, cache.key.dtype, cache.key.shape[1]
+    _tensor("query", query, ("tokens", "query_heads", cache.layout.head_size), (dtype,), device)
+    query_heads = query.shape[1]
+    _require(
+        query_heads > 0 and query_heads % kv_heads == 0,
+        "the number of query heads",
+        query_heads,
+        f"a multiple of the cache's {kv_heads} KV heads",
+    )
+    _tensor("seq_lens", seq_lens, ("B",), _INTEGERS, device)
+    _tensor("block_table", block_table, (len(seq_lens), "max_pages"), _INTEGERS, device)
+    _require(scale > 0 and math.isfinite(scale), "scale", scale, "a finite number above 0")
+    if alibi_slopes is not None:
+        _tensor("alibi_slopes", alibi_slopes, (query_heads,), (torch.float32,), device)
+    if sliding_window is not None:
+        _require(sliding_window >= 1, "sliding_window", sliding_window, "None or at least 1 token")
+    if out is not None:
+        _tensor("out", out, tuple(query.shape), (dtype,), device)
+    if device.type == "cpu" and len(seq_lens):
+        longest = int(seq_lens.max())
+        capacity = block_table.shape[1] * cache.layout.page_size
+        _require(
+            longest <= capacity,
+            "block_table",
+            f"{block_table.shape[1]} pages wide",
+            f"at least {-(-longest // cache.layout.page_size)} pages of "
+            f"{cache.layout.page_size} tokens for a sequence of {longest}",
+        )
+        _require(int(seq_lens.min()) >= 0, "seq_lens", seq_lens.tolist(), "no negative length")
+
+
+def check_query_start_loc(query_start_loc: Tensor, query: Tensor, seq_lens: Tensor) -> None:
+    shape = (len(seq_lens) + 1,)
+    _tensor("query_start_loc", query_start_loc, shape, _INTEGERS, query.device)
+    if query.device.type == "cpu":
+        starts = query_start_loc.tolist()
+        lengths = [end - start for start, end in pairwise(starts)]
+        _require(
+            starts[0] >= 0 and min(lengths, default=0) >= 0 and starts[-1] <= len(query),
+            "query_start_loc",
+            starts,
+            f"offsets that do not decrease, between 0 and the {len(query)} query tokens",
+        )
+        _require(
+            all(n <= m for n, m in zip(lengths, seq_lens.tolist(), strict=True)),
+            "seq_lens",
+            seq_lens.tolist(),
+            f"at least the query lengths {lengths}, which they include",
+        )
+
+
+def check_decode(
+    query: Tensor,
+    cache: PagedCache,
+    seq_lens: Tensor,
+    alpha: float | Tensor,
+    selector: Selector,
+    exact_rows: Tensor | None,
+    counters: Tensor | None,
+) -> None:
+    batch, device = len(seq_lens), query.device
+    _require(len(query) == batch, "query", f"{len(query)} tokens", f"one for each of {batch} rows")
+    if not isinstance(selector, Exact | Gaussian | TopK):
+        raise TypeError(f"selector is {selector!r}; expected an Exact, Gaussian or TopK")
+    _require(
+        selector.statistics in ((), cache.layout.statistics),
+        "cache.layout.statistics",
+        cache.layout.statistics,
+        f"{selector.statistics}, which the {selector.name} selector reads",
+    )
+    if isinstance(selector, Gaussian):
+        softmax = bool((alpha == 1).any()) if isinstance(alpha, Tensor) else alpha == 1
+        _require(
+            not softmax,
+            "alpha",
+            "1 (softmax) for some head",
+            "above 1 with the gaussian selector: softmax has no threshold to estimate",
+        )
+    if exact_rows is not None:
+        _tensor("exact_rows", exact_rows, (batch,), (torch.bool,), device)
+    if counters is not None:
+        _tensor("counters", counters, (len(Counter),), (torch.int64,), device)
+
+
+def head_alpha(
+    alpha: float | Sequence[float] | Tensor, query_heads: int, device: torch.device
+) -> float | Tensor:
+    """alpha as one number if all heads agree, else as an fp64 tensor [query_heads]."""
+    if isinstance(alpha, int | float):
+        values = [float(alpha)]
+    else:
+        values = [float(a) for a in (alpha.tolist() if isinstance(alpha, Tensor) else alpha)]
+        _require(len(values) == query_heads, "alpha", values, f"one number or {query_heads}")
+    _require(all(1 <= a <= 2 for a in values), "alpha", values, "within [1, 2]")
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -1,0 +1,82 @@
+"""A Llama whose attention is softmax or 1.5-entmax, and its files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from byte_tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, byte_tokenizer
+from entmaxkv_kernels.triton.training import entmax_attention
+from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+ATTENTION = {1.0: "sdpa", 1.5: "entmax15"}
+HEAD_DIM = 64
+
+
+def entmax15_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention in the form that transformers calls. # [B, H, T, D] -> [B, T, H, D]"""
+    # Autocast leaves rotated queries and keys in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return entmax_attention(query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register("entmax15", entmax15_attention)
+
+
+def new_model(
+    *,
+    alpha: float,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    key_heads: int,
+    longest: int,
+) -> LlamaForCausalLM:
+    """A freshly initialised model for sequences of up to `longest` bytes."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=longest,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        initializer_range=0.6 * hidden**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        entmax_alpha=alpha,
+        attn_implementation=ATTENTION[alpha],
+    )
+    return LlamaForCausalLM(config)
+
+
+def load_model(folder: Path, device: str) -> LlamaForCausalLM:
+    """The saved model in the dtype of its weights, with the attention that its config names."""
+    config = LlamaConfig.from_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(
+        folder, attn_implementation=ATTENTION[config.entmax_alpha], dtype="auto"
+    ).to(device)
+
+
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Writes bfloat16 weights, the configuration and the tokenizer."""
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    half = LlamaForCausalLM(model.config).bfloat16()
+    half.load_state_dict(weights)
+    half.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
+    )
+    half.save_pretrained(folder)
+    byte_tokenizer(model.config.max_position_embeddings).save_pretrained(folder)

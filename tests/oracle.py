@@ -1,0 +1,50 @@
+"""An independent oracle: the same checkpoint in transformers, its attention by the package `entmax`.
+
+Nothing of this project computes here. Key and value heads are repeated for their group of query
+heads, scores are materialised, and `entmax.entmax15` turns them into weights by sorting.
+"""
+
+from pathlib import Path
+
+import torch
+from entmax import entmax15
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+NAME = "entmax_oracle"
+
+
+def entmax_attention(module, query, key, value, attention_mask, scaling, **unused):
+    """[B, query_heads, T, D] queries over [B, kv_heads, N, D] keys and values, causal, alpha 1.5."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    tokens, keys = query.shape[2], key.shape[2]
+    future = torch.ones(tokens, keys, dtype=torch.bool).triu(keys - tokens + 1)
+    output = torch.empty_like(query)
+    # One head at a time where a score matrix is large.
+    for heads in torch.arange(query.shape[1]).split(query.shape[1] if tokens == 1 else 1):
+        scores = (query[:, heads] @ key[:, heads].mT) * scaling
+        weights = entmax15(scores.masked_fill(future, float("-inf")), dim=-1, k=min(keys, 128))
+        output[:, heads] = weights @ value[:, heads]
+    return output.transpose(1, 2), None
+
+
+def load(model: Path):
+    """The checkpoint in float32 with entmax attention in every layer."""
+    AttentionInterface.register(NAME, entmax_attention)
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation=NAME
+    ).eval()
+
+
+@torch.inference_mode()
+def greedy(model, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    """`tokens` greedy token ids after `prompt`, and the logits of each, [tokens, vocabulary]."""
+    ids = torch.tensor([prompt])
+    chosen, logits, cache = [], [], None
+    for _ in range(tokens):
+        step = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = step.past_key_values
+        logits.append(step.logits[0, -1])
+        chosen.append(int(step.logits[0, -1].argmax()))
+        ids = torch.tensor([chosen[-1:]])
+    return chosen, torch.stack(logits)

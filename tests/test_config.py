@@ -1,0 +1,125 @@
+"""The configuration: where values come from, and one readable error for each mistake."""
+
+import pytest
+from entmaxkv_vllm.config import ConfigurationError, resolve
+
+
+def settle(checkpoint=None, heads=4, layers=5, **options):
+    return resolve(
+        {"entmax_alpha": 1.5} if checkpoint is None else checkpoint,
+        additional={"entmaxkv": options} if options else {},
+        num_query_heads=heads,
+        num_layers=layers,
+    )
+
+
+def test_alpha_comes_from_the_checkpoint_and_the_rest_defaults_to_fidelity():
+    config = settle()
+    assert config.alpha == 1.5
+    assert config.selector == "exact"
+    assert "alpha=1.5 (config.json entmax_alpha)" in config.describe()
+    assert "selector=exact (default)" in config.describe()
+
+
+def test_hf_overrides_are_named_as_the_source_of_alpha():
+    config = resolve(
+        {"entmax_alpha": 1.25},
+        overrides={"entmax_alpha": 1.25},
+        num_query_heads=4,
+        num_layers=5,
+    )
+    assert config.alpha == 1.25
+    assert config.sources["alpha"] == "--hf-overrides"
+
+
+def test_additional_config_wins_over_the_checkpoint():
+    config = settle(alpha=2, selector="topk", token_budget=512, page_size=32, dense_layers=[1, 0])
+    assert (config.alpha, config.selector, config.token_budget) == (2.0, "topk", 512)
+    assert (config.page_size, config.dense_layers) == (32, (0, 1))
+    assert config.sources["alpha"] == "--additional-config"
+
+
+@pytest.mark.parametrize("key", ["entmax_alpha", "adasplash_alpha", "initial_alpha"])
+def test_every_known_spelling_of_alpha_is_read(key):
+    assert settle({key: 1.75}).alpha == 1.75
+
+
+def test_plain_alpha_is_read_only_where_an_entmax_option_stands_beside_it():
+    assert settle({"alpha": 2.0, "use_triton_entmax": True}).alpha == 2.0
+    with pytest.raises(ConfigurationError, match="missing"):
+        settle({"alpha": 2.0})
+
+
+def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_sharded():
+    config = settle({"entmax_alpha": [1.5, 2.0, 1.0, 1.25]})
+    assert config.head_alphas(2, 2) == (1.0, 1.25)
+    assert settle().head_alphas(2, 2) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"alpha": 2.5}, r"alpha .*=2.5 is outside \[1, 2\]", id="alpha-above-2"),
+        pytest.param({"alpha": 0.5}, r"alpha .*=0.5 is outside \[1, 2\]", id="alpha-below-1"),
+        pytest.param({"alpha": "1.5"}, r"'1.5' is not a number", id="alpha-a-string"),
+        pytest.param({"alpha": True}, r"True is not a number", id="alpha-a-boolean"),
+        pytest.param({"alpha": float("nan")}, r"nan is outside", id="alpha-not-a-number"),
+        pytest.param(
+            {"alpha": [1.5, 1.5]},
+            r"has 2 entries but the model has 4 query heads",
+            id="wrong-number-of-head-alphas",
+        ),
+        pytest.param({"alpha": [1.5, 1.5, 1.5, 3]}, r"=3 is outside", id="one-head-alpha-wrong"),
+        pytest.param(
+            {"selector": "gausian"}, r"selector='gausian'.*did you mean 'gaussian'", id="selector"
+        ),
+        pytest.param(
+            {"token_bugdet": 64},
+            r"option='token_bugdet' is unknown; did you mean 'token_budget'",
+            id="unknown-option",
+        ),
+        pytest.param(
+            {"token_budget": 15},
+            r"token_budget=15 is less than one page of 16 tokens; give at least 16",
+            id="budget-under-one-page",
+        ),
+        pytest.param({"token_budget": 1.5}, r"token_budget=1.5 is not a number", id="budget-1.5"),
+        pytest.param(
+            {"page_size": 24}, r"page_size=24 is not usable; choose from 16, 32", id="page-size"
+        ),
+        pytest.param({"exact_below": -1}, r"exact_below=-1 is not", id="negative-context"),
+        pytest.param({"dense_layers": 3}, r"dense_layers=3 is not a list", id="layers-no-list"),
+        pytest.param({"dense_layers": [0, 5]}, r"holds 5, which is no layer", id="layer-too-high"),
+        pytest.param(
+            {"selector": "gaussian", "alpha": 1.0}, r"softmax \(alpha 1\)", id="gaussian-softmax"
+        ),
+    ],
+)
+def test_a_bad_value_is_refused_naming_the_setting_the_value_and_the_remedy(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        settle(**options)
+
+
+def test_a_model_without_alpha_is_served_as_softmax_only_if_told_so():
+    with pytest.raises(ConfigurationError, match=r"entmax_alpha=None is missing.*\"alpha\": 1.0"):
+        settle({"hidden_size": 256})
+    assert settle({"hidden_size": 256}, alpha=1.0).alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        pytest.param({"entmax_kv": {}}, "did you mean 'entmaxkv'", id="misspelled-section"),
+        pytest.param({"entmaxkv": "exact"}, "is not a JSON object", id="section-not-an-object"),
+    ],
+)
+def test_a_bad_section_is_refused(additional, message):
+    with pytest.raises(ConfigurationError, match=message):
+        resolve({"entmax_alpha": 1.5}, additional=additional, num_query_heads=4, num_layers=5)
+
+
+def test_the_sections_of_other_plugins_are_left_alone():
+    config = resolve(
+        {"entmax_alpha": 1.5}, additional={"ascend": {}}, num_query_heads=4, num_layers=5
+    )
+    assert config.selector == "exact"
