@@ -74,10 +74,10 @@ def _ask_and_check(server: Server, task: NeedleTask, selector: str, tokens: int)
     answer, first = _stream(server.url, task)
     finish = time.monotonic()
     print(f"\n          first token after {first - start:.1f} s, done after {finish - start:.1f} s")
-    problems = _problems(answer, task, selector, server.metrics())
-    for problem in problems:
+    found = problems(answer, task, selector, server.metrics())
+    for problem in found:
         print(f"FAILED: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if found else 0
 
 
 def _stream(url: str, task: NeedleTask) -> tuple[str, float]:
@@ -102,24 +102,24 @@ def _stream(url: str, task: NeedleTask) -> tuple[str, float]:
     return answer, first
 
 
-def _problems(
+def problems(
     answer: str, task: NeedleTask, selector: str, metrics: Mapping[str, float]
 ) -> list[str]:
     """What is not as claimed; prints what is."""
-    problems = []
+    found = []
     if task.is_correct(answer):
         print(f"Right:    the hidden value is {task.value}")
     else:
-        problems.append(f"the answer is wrong: the hidden value is {task.value}")
+        found.append(f"the answer is wrong: the hidden value is {task.value}")
     read = int(metrics.get("entmaxkv_pages_read_total", 0))
     held = int(metrics.get("entmaxkv_pages_held_total", 0))
     if not held:
-        problems.append("the backend decoded nothing: /metrics counts no pages")
-        return problems
+        found.append("the backend decoded nothing: /metrics counts no pages")
+        return found
     print(f"Pages:    {read:,} read of {held:,} held in decoding ({read / held:.1%})")
     if selector != "exact" and read >= held:
-        problems.append(f"the sparse path did not run: selector {selector} read every page")
-    return problems
+        found.append(f"the sparse path did not run: selector {selector} read every page")
+    return found
 
 
 def _curl(url: str) -> str:

@@ -4,8 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,16 +157,11 @@ def _model(model: str, additional_config: str, hf_overrides: str) -> Iterator[Fi
         yield Finding("ok", "in force", entry)
 
 
-def run(
-    model: str | None,
-    additional_config: str,
-    hf_overrides: str,
-    write: Callable[[str], object] = sys.stdout.write,
-) -> int:
-    """Write the report; 0 if nothing stands in the way, 1 otherwise."""
+def run(model: str | None, additional_config: str, hf_overrides: str) -> int:
+    """Print the report; 0 if nothing stands in the way, 1 otherwise."""
     failures = 0
     for finding in diagnose(model, additional_config, hf_overrides):
-        write(f"{finding}\n")
+        print(finding)
         failures += finding.status == "fail"
-    write("\nReady.\n" if not failures else f"\n{failures} to mend.\n")
+    print(f"\n{failures} to mend." if failures else "\nReady.")
     return 1 if failures else 0

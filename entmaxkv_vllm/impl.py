@@ -107,7 +107,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             slot_mapping: [tokens] int64, block * page_size + offset; negative for padding.
         """
         tokens = slot_mapping.shape[0]
-        append(self._paged(kv_cache), key[:tokens], value[:tokens], slot_mapping)
+        append(self.pages(kv_cache), key[:tokens], value[:tokens], slot_mapping)
 
     def forward(
         self,
@@ -129,13 +129,13 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
-        index = self._index(layer)
-        pages = self._paged(kv_cache)
+        index = self.index_of(layer)
+        paged = self.pages(kv_cache)
         if (rows := attn_metadata.decode) is not None:
             tokens = slice(rows.first_token, rows.last_token)
             decode(
                 query[tokens],
-                pages,
+                paged,
                 rows.block_table,
                 rows.seq_lens,
                 scale=self.scale,
@@ -151,7 +151,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             tokens = slice(rows.first_token, rows.last_token)
             prefill(
                 query[tokens],
-                pages,
+                paged,
                 rows.block_table,
                 rows.seq_lens,
                 rows.query_start_loc,
@@ -163,12 +163,14 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             )
         return output
 
-    def _index(self, layer: AttentionLayer) -> int:
+    def index_of(self, layer: AttentionLayer) -> int:
+        """Index of `layer` in the whole model."""
         if self._layer_index is None:
             self._layer_index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
         return self._layer_index
 
-    def _paged(self, kv_cache: torch.Tensor) -> PagedCache:
+    def pages(self, kv_cache: torch.Tensor) -> PagedCache:
+        """This layer's keys, values and statistics in vLLM's cache tensor."""
         if self._pages is None or self._pages.key.data_ptr() != kv_cache.data_ptr():
             self._pages = cache.views(kv_cache, self.layout)
         return self._pages

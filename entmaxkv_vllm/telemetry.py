@@ -4,6 +4,7 @@ Every worker process maps one small file in shared memory, [layers, counters] in
 kernels add to it. Reading it costs the worker nothing.
 """
 
+import atexit
 import os
 import tempfile
 from pathlib import Path
@@ -41,6 +42,7 @@ def worker_counters(vllm_config: "VllmConfig") -> torch.Tensor:
             file.write(bytes(layers * len(Counter) * 8))
         table = np.memmap(path, dtype=np.int64, mode="r+", shape=(layers, len(Counter)))
         _mapped[instance] = torch.from_numpy(table)
+        atexit.register(path.unlink, missing_ok=True)
     return _mapped[instance]
 
 

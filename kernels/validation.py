@@ -167,9 +167,11 @@ def head_alpha(
     """alpha as one number if all heads agree, else as an fp64 tensor [query_heads]."""
     if isinstance(alpha, int | float):
         values = [float(alpha)]
-    else:
-        values = [float(a) for a in (alpha.tolist() if isinstance(alpha, Tensor) else alpha)]
+    elif isinstance(alpha, Tensor | Sequence) and not isinstance(alpha, str):
+        values = torch.as_tensor(alpha, dtype=torch.float64).flatten().tolist()
         _require(len(values) == query_heads, "alpha", values, f"one number or {query_heads}")
+    else:
+        raise TypeError(f"alpha is {alpha!r}; expected one number or {query_heads}")
     _require(all(1 <= a <= 2 for a in values), "alpha", values, "within [1, 2]")
     if len(set(values)) == 1:
         return values[0]

@@ -7,13 +7,17 @@ BOS, EOS, PAD = 256, 257, 258
 VOCABULARY_SIZE = 259
 SPECIAL_TOKENS = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
 
+# Line breaks are in expressions because chat templates drop one that follows a block tag.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}\nAnswer: {{ message.content }}{{ eos_token }}"
-    "{% else %}{% if not loop.first %}\n\n{% endif %}{{ message.content }}{% endif %}"
+    "{% if message.role == 'assistant' %}"
+    "{{ '\\nAnswer: ' + message.content + eos_token }}"
+    "{% else %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}{{ message.content }}"
+    "{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}\nAnswer: {% endif %}"
+    "{% if add_generation_prompt %}{{ '\\nAnswer: ' }}{% endif %}"
 )
 
 

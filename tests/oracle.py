@@ -13,17 +13,21 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 NAME = "entmax_oracle"
 
 
-def entmax_attention(module, query, key, value, attention_mask, scaling, **unused):
+def entmax_attention(
+    module, query, key, value, attention_mask, scaling, sliding_window=None, **unused
+):
     """[B, query_heads, T, D] queries over [B, kv_heads, N, D] keys and values, causal, alpha 1.5."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     tokens, keys = query.shape[2], key.shape[2]
-    future = torch.ones(tokens, keys, dtype=torch.bool).triu(keys - tokens + 1)
+    hidden = torch.ones(tokens, keys, dtype=torch.bool).triu(keys - tokens + 1)
+    if sliding_window is not None:
+        hidden |= torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens - sliding_window)
     output = torch.empty_like(query)
     # One head at a time where a score matrix is large.
     for heads in torch.arange(query.shape[1]).split(query.shape[1] if tokens == 1 else 1):
         scores = (query[:, heads] @ key[:, heads].mT) * scaling
-        weights = entmax15(scores.masked_fill(future, float("-inf")), dim=-1, k=min(keys, 128))
+        weights = entmax15(scores.masked_fill(hidden, float("-inf")), dim=-1, k=min(keys, 128))
         output[:, heads] = weights @ value[:, heads]
     return output.transpose(1, 2), None
 

@@ -17,7 +17,7 @@ from .entmax import solve_entmax
 from .scores import scale_to_scores
 from .select import select_pages
 
-_CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 20
 """Key elements gathered at a time."""
 
 
@@ -76,8 +76,8 @@ class AttendedRows(NamedTuple):
     """A chunk of rows, each a sequence and KV head.
 
     sequence, head: [rows]
-    page: [rows, K] pages read, by position in the sequence; past a row's last page, any number
-        that is not a page of the sequence.
+    page: [rows, K] pages read, by position in the sequence; where a row has no further page, a
+        number past those of the longest sequence.
     weights: [rows, group, K, page_size]
     tau: [rows, group]
     output: [rows, group, head_size]
@@ -112,54 +112,75 @@ def attend_pages(
         alpha = alpha.view(kv_heads, group)
     if slopes is not None:
         slopes = slopes.view(kv_heads, group)
-    for row, page, count in _chunk_rows(selected.flatten(0, 1), page_size * head_size):
+    for row, page in _chunk_rows(selected.flatten(0, 1), page_size * head_size):
         sequence, head = row // kv_heads, row % kv_heads
         last = seq_lens[sequence, None] - 1  # the query's position
-        # Past a row's own pages stands a page after the query, of which no key is visible; what
-        # is read in its place is the sequence's last page.
-        padding = torch.arange(page.shape[1], device=row.device) >= count[:, None]
-        page = page.masked_fill(padding, block_table.shape[1])
+        # Where a row has no further page, `page` lies after the query, so that none of its keys
+        # is visible; what is read in its place is the sequence's last page.
         ids = block_table[sequence[:, None], page.minimum(last // page_size)].long()
         position = page[..., None] * page_size + torch.arange(page_size, device=row.device)
-        relative = position.flatten(1) - last  # [rows, keys], keys = K * page_size
+        relative = position - last[..., None]  # [rows, K, page_size]
         hidden = relative > 0
         if sliding_window is not None:
             hidden |= relative <= -sliding_window
 
         keys = cache.key[ids, head[:, None]].flatten(1, 2).to(query.dtype)
-        scores = grouped[sequence, head] @ keys.mT  # [rows, group, keys]
+        scores = grouped[sequence, head] @ keys.mT  # [rows, group, K * page_size]
         if slopes is not None:
-            scores.addcmul_(slopes[head, :, None], relative[:, None].to(scores.dtype))
-        scores.masked_fill_(hidden[:, None], -torch.inf)
+            scores.addcmul_(slopes[head, :, None], relative.flatten(1)[:, None].to(scores.dtype))
+        scores.masked_fill_(hidden.flatten(1)[:, None], -torch.inf)
         weights, tau = solve_entmax(scores, alpha[head] if isinstance(alpha, Tensor) else alpha)
-
-        # Slots that hold no token of the sequence may hold anything, even NaN.
-        values = cache.value[ids, head[:, None]].flatten(1, 2).to(query.dtype)
-        output = weights @ values.masked_fill_(hidden[..., None], 0)
-        weights = weights.unflatten(-1, (*page.shape[1:], page_size))
+        weights = weights.unflatten(-1, page.shape[1:] + hidden.shape[2:])
+        output = _weigh_values(cache.value, ids, head, weights, hidden)
         yield AttendedRows(sequence, head, page, weights, tau, output)
 
 
-def _chunk_rows(selected: Tensor, page_elements: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _weigh_values(
+    value: Tensor, ids: Tensor, head: Tensor, weights: Tensor, hidden: Tensor
+) -> Tensor:
+    """Weighted values [rows, group, head_size], read only from pages that hold any weight.
+
+    ids: [rows, K] physical pages; weights: [rows, group, K, page_size]; hidden: [rows, K,
+    page_size].
+    """
+    # A NaN counts as a weight: it has to show in the output.
+    column = _list_true((weights != 0).any(-1).any(1))  # [rows, V], V pages of values
+    missing = column == ids.shape[1]
+    column = column.clamp_max(ids.shape[1] - 1)
+    values = value[ids.gather(1, column), head[:, None]].to(weights.dtype)
+    # Slots that hold no token of the sequence may hold anything, even NaN.
+    hidden = hidden.take_along_dim(column[..., None], 1) | missing[..., None]
+    values.masked_fill_(hidden[..., None], 0)
+    weights = weights.take_along_dim(column[:, None, :, None], 2)
+    return weights.flatten(2) @ values.flatten(1, 2)
+
+
+def _chunk_rows(selected: Tensor, page_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Split rows of selected [R, P] into chunks of similar length.
 
-    Yields the rows [r] of a chunk, their pages [r, K] in ascending order, and the number of
-    pages [r] of each; what stands past a row's number is 0. Rows without pages are left out.
+    Yields the rows [r] of a chunk and their pages [r, K], as `_list_true` gives them. Rows
+    without pages are left out.
     """
     counts = selected.sum(-1)
-    row, page = selected.nonzero(as_tuple=True)
-    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    listed = torch.zeros_like(selected, dtype=torch.int64)
-    listed[row, column] = page
     order = counts.argsort(dim=0, descending=True, stable=True)
     lengths = counts[order].tolist()
     start = 0
     while start < len(lengths) and lengths[start]:
-        size = max(1, _CHUNK_ELEMENTS // (lengths[start] * page_elements))
+        size = max(1, CHUNK_ELEMENTS // (lengths[start] * page_elements))
         rows = order[start : start + size]
         rows = rows[counts[rows] > 0]
-        yield rows, listed[rows, : lengths[start]], counts[rows]
+        yield rows, _list_true(selected[rows])
         start += size
+
+
+def _list_true(mask: Tensor) -> Tensor:
+    """Positions of the true entries of each row of mask [R, N], ascending, then N: [R, K]."""
+    counts = mask.sum(-1)
+    row, position = mask.nonzero(as_tuple=True)
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    listed = torch.full((len(mask), int(counts.max())), mask.shape[1], device=mask.device)
+    listed[row, column] = position
+    return listed
 
 
 def analyze_decode(

@@ -28,8 +28,8 @@ _LOG_SQRT_TAU = 0.5 * math.log(2 * math.pi)
 
 # Nodes of the trapezoidal rule, in units of the peak's width. The left tail of the integrand
 # falls off exponentially, the right one faster than a normal density.
-_QUADRATURE_STEP = 2 / 3
-_QUADRATURE_NODES = range(-51, 13)
+_QUADRATURE_STEP = 0.4
+_QUADRATURE_NODES = range(-80, 21)
 
 
 def log_partial_moment(t: Tensor, order: float) -> Tensor:
@@ -67,7 +67,8 @@ def _integrate_partial_moment(t: Tensor, order: float) -> Tensor:
     """log of the integral of y ** order phi(y - t) over y > 0, by the trapezoidal rule in log y.
 
     With y = exp(u) the integrand is smooth and decays at both ends, where that rule converges
-    exponentially; the nodes are centred on its peak and spaced by its width.
+    exponentially; the nodes are centred on its peak and spaced by its width. The error is below
+    1e-9 for order >= 1, and below 2e-6 for lower orders, which only serve as slopes.
     """
     root = (t.square() + 4 * (order + 1)).sqrt()
     # The peak (t + root) / 2, written without the cancellation of negative t.

@@ -16,7 +16,7 @@ from .gaussian import gaussian_pages
 from .quest import quest_pages
 from .scores import compute_dtype
 
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 """Statistics elements gathered at a time."""
 
 
@@ -51,13 +51,15 @@ def select_pages(
     if sliding_window is not None:
         held &= page >= (seq_lens[:, None] - sliding_window).clamp_min(0) // page_size
     selected = held[:, None].repeat(1, kv_heads, 1)
-    if isinstance(selector, Exact) or sliding_window is not None:
-        return Selection(held, selected, torch.zeros_like(seq_lens, dtype=torch.bool))
     sparse = (seq_lens > exact_below) & (page_count > 1)
     if exact_rows is not None:
         sparse &= ~exact_rows
+    if isinstance(selector, Exact) or sliding_window is not None:
+        sparse = torch.zeros_like(sparse)
+    if not sparse.any():
+        return Selection(held, selected, sparse)
     dtype = compute_dtype(query.dtype)
-    chunk = max(1, _CHUNK_ELEMENTS // (len(page) * cache.statistics[0].numel() + 1))
+    chunk = max(1, CHUNK_ELEMENTS // (len(page) * cache.statistics[0].numel() + 1))
     for rows in sparse.nonzero().squeeze(-1).split(chunk):
         ranked = page < page_count[rows, None] - 1  # every page but the last
         # Entries of the block table past the sequence are stale: read page 0 in their place.

@@ -62,7 +62,7 @@ def test_every_page_holds_the_statistics_of_its_own_rows(used):
     assert metric(used, "vllm:num_preemptions") > 0
     assert metric(used, "vllm:prefix_cache_hits") > 0
     for layer in layers_of(used):
-        pages = layer.impl._paged(layer.kv_cache)
+        pages = layer.impl.pages(layer.kv_cache)
         key, statistics = pages.key, pages.statistics
         written = key.abs().amax((-1, -2)) > 0  # [num_pages, kv_heads]
         assert written.sum() > 200 * key.shape[1]

@@ -76,12 +76,14 @@ class Scene:
 
     def dense_prefill(self, query_lens: list[int] | None = None, **options: Any) -> list[Tensor]:
         query_lens = query_lens or self.seq_lens.tolist()
+        options = {"alpha": 1.5} | options
         return [
             dense_attention(q[len(q) - n :], k, v, self.scale, **options)
             for q, k, v, n in zip(self.query, self.key, self.value, query_lens, strict=True)
         ]
 
     def dense_decode(self, **options: Any) -> Tensor:
+        options = {"alpha": 1.5} | options
         rows = [
             dense_attention(q[-1:], k, v, self.scale, **options)[0] if len(q) else torch.zeros(1)
             for q, k, v in zip(self.query, self.key, self.value, strict=True)
@@ -99,14 +101,22 @@ def make_scene(
     statistics: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float64,
     spread: float = 2.0,
+    coherence: float = 0.0,
     seed: int = 0,
     filled: bool = True,
 ) -> Scene:
-    """spread: standard deviation of the scores of random queries and keys."""
+    """spread: standard deviation of the scores. coherence: share of a key's variance that the
+    keys of a page have in common; the less is left, the better pages tell what they hold."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+
+    def keys(length: int) -> Tensor:
+        common = normal(-(-length // page_size), kv_heads, head_size)
+        common = common.repeat_interleave(page_size, 0)[:length]
+        own = normal(length, kv_heads, head_size)
+        return coherence**0.5 * common + (1 - coherence) ** 0.5 * own
 
     layout = PageLayout(page_size, head_size, statistics)
     counts = [-(-n // page_size) for n in lengths]
@@ -122,7 +132,7 @@ def make_scene(
         block_table=block_table,
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         query=[spread * normal(n, kv_heads * group, head_size) for n in lengths],
-        key=[normal(n, kv_heads, head_size) for n in lengths],
+        key=[keys(n) for n in lengths],
         value=[normal(n, kv_heads, head_size) for n in lengths],
         scale=head_size**-0.5,
     )

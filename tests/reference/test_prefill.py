@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_chunks_of_any_size_give_what_one_prefill_gives(length, cuts, alpha, win
     bounds = sorted({0, length, *(cut for cut in cuts if cut < length)})
     options = {"scale": scene.scale, "alpha": alpha, "sliding_window": window}
     parts = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         scene.append(0, start, end)
         parts.append(
             prefill(

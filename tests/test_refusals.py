@@ -1,0 +1,197 @@
+"""What ENTMAXKV refuses is refused while vLLM reads its configuration, before any process starts."""
+
+import json
+
+import pytest
+import torch
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 320,
+    "max_position_embeddings": 4096,
+    "entmax_alpha": 1.5,
+    "torch_dtype": "float32",
+}
+GEMMA2 = {
+    **LLAMA,
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 50.0,
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Reads a model's configuration as `vllm serve` would, up to where processes would start."""
+
+    def _start(model=LLAMA, options=None, **arguments):
+        from vllm.engine.arg_utils import EngineArgs
+
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        if "attention_config" not in arguments:
+            arguments = {"attention_backend": "ENTMAXKV"} | arguments
+        return EngineArgs(
+            model=str(tmp_path),
+            skip_tokenizer_init=True,
+            additional_config={"entmaxkv": options} if options else {},
+            **arguments,
+        ).create_engine_config()
+
+    return _start
+
+
+def test_a_good_configuration_is_accepted_and_takes_the_page_as_its_block(start):
+    assert start().cache_config.block_size == 16
+    assert start(options={"page_size": 64}).cache_config.block_size == 64
+
+
+def test_a_block_of_several_pages_is_accepted(start):
+    assert start(block_size=128).cache_config.block_size == 128
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        pytest.param(LLAMA | {"entmax_alpha": 3.0}, {}, r"=3.0 is outside \[1, 2\]", id="alpha"),
+        pytest.param(
+            LLAMA | {"entmax_alpha": [1.5] * 3}, {}, "has 3 entries .* 4 query heads", id="alphas"
+        ),
+        pytest.param(LLAMA | {"entmax_alpha": None}, {}, "is missing", id="missing-alpha"),
+        pytest.param(LLAMA, {"options": {"selector": "top-k"}}, "'topk'", id="selector"),
+        pytest.param(LLAMA, {"options": {"budget": 64}}, "'token_budget'", id="option"),
+        pytest.param(
+            LLAMA, {"options": {"token_budget": 8}}, "less than one page", id="token-budget"
+        ),
+        pytest.param(LLAMA, {"options": {"page_size": 20}}, "page_size=20", id="page-size"),
+        pytest.param(
+            LLAMA | {"head_dim": 80, "entmax_alpha": 1.5},
+            {"options": {"page_size": 128, "selector": "topk"}},
+            "page_size=128 does not fit head size 80",
+            id="page-size-and-head-size",
+        ),
+        pytest.param(
+            LLAMA,
+            {"options": {"page_size": 64}, "block_size": 32},
+            "block_size=32 is not a multiple of entmaxkv's page_size 64",
+            id="block-size",
+        ),
+        pytest.param(LLAMA | {"head_dim": 48}, {}, "head_size=48 is not supported", id="head-size"),
+        pytest.param(
+            LLAMA, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported", id="fp8-cache"
+        ),
+        pytest.param(GEMMA2, {}, "attn_logit_softcapping=50.0 is not supported", id="soft-cap"),
+    ],
+)
+def test_a_mistake_stops_the_start_with_one_clear_error(start, model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        start(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        pytest.param({"attention_backend": "entmaxkv"}, id="attention-backend-in-lower-case"),
+        pytest.param({"attention_backend": "CUSTOM"}, id="the-custom-fallback"),
+        pytest.param({"attention_config": {"backend": "ENTMAXKV"}}, id="attention-config"),
+        pytest.param(
+            {"attention_config": {"backend_per_kind": {"full_attention": "ENTMAXKV"}}},
+            id="backend-per-kind",
+        ),
+    ],
+)
+def test_every_way_to_select_the_backend_reaches_its_checks(start, selection):
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    assert start(**selection).cache_config.block_size == 16
+    with pytest.raises(ValueError, match="outside"):
+        start(LLAMA | {"entmax_alpha": 7}, **selection)
+
+
+def test_another_backend_is_left_alone(start):
+    assert start(LLAMA | {"entmax_alpha": 7}, attention_backend=None).cache_config.block_size == 128
+
+
+def test_a_softmax_model_is_served_once_told_so(start):
+    softmax = {name: value for name, value in LLAMA.items() if name != "entmax_alpha"}
+    start(softmax, options={"alpha": 1.0, "selector": "topk"})
+
+
+def test_hf_overrides_reach_the_configuration(start):
+    from entmaxkv_vllm import config
+
+    engine = start(hf_overrides={"entmax_alpha": 1.25})
+    resolved = config.from_vllm(engine)
+    assert resolved.alpha == 1.25
+    assert resolved.sources["alpha"] == "--hf-overrides"
+
+
+@pytest.fixture
+def layer():
+    """What vLLM asks a backend about one attention layer."""
+    return {
+        "head_size": 64,
+        "dtype": torch.float16,
+        "kv_cache_dtype": "auto",
+        "block_size": None,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": None,
+        "attn_type": "decoder",
+    }
+
+
+def test_an_ordinary_decoder_layer_is_accepted(layer):
+    from entmaxkv_vllm.backend import EntmaxKVBackend
+
+    assert EntmaxKVBackend.validate_configuration(**layer) == []
+    assert EntmaxKVBackend.validate_configuration(**layer | {"has_sliding_window": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"dtype": torch.float64}, "dtype=torch.float64 is not", id="dtype"),
+        pytest.param({"head_size": 72}, "head_size=72 is not", id="head-size"),
+        pytest.param({"attn_type": "encoder"}, "attention type encoder", id="encoder"),
+        pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="pooling"),
+        pytest.param({"use_mla": True}, "MLA attention is not supported", id="mla"),
+        pytest.param({"has_sink": True}, "attention sinks have no entmax", id="sinks"),
+        pytest.param({"use_dcp": True}, "decode context parallelism needs", id="decode-context"),
+        pytest.param({"use_pcp": True}, "prefill context parallelism needs", id="prefill-context"),
+        pytest.param({"use_non_causal": True}, "non-causal attention not supported", id="causal"),
+    ],
+)
+def test_an_unsupported_layer_is_refused_with_its_reason_and_a_remedy(layer, change, message):
+    from entmaxkv_vllm.backend import EntmaxKVBackend
+
+    (reason,) = EntmaxKVBackend.validate_configuration(**layer | change)
+    assert message in reason
+    assert ";" in reason or ":" in reason
+
+
+def test_the_cpu_platform_turns_reasons_into_one_error(layer):
+    from entmaxkv_vllm import plugin
+    from entmaxkv_vllm.platform import EntmaxKVCpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plugin.register()
+    del layer["device_capability"]
+    chosen = AttentionBackendEnum["ENTMAXKV"]
+    good = AttentionSelectorConfig(**layer)
+    assert EntmaxKVCpuPlatform.get_attn_backend_cls(chosen, good) == plugin.BACKEND_PATH
+    with pytest.raises(ValueError, match="ENTMAXKV cannot serve this model: head_size=72"):
+        EntmaxKVCpuPlatform.get_attn_backend_cls(chosen, good._replace(head_size=72))
+    other = EntmaxKVCpuPlatform.get_attn_backend_cls(None, good)
+    assert other == AttentionBackendEnum.CPU_ATTN.get_path()
