@@ -82,7 +82,9 @@ class EntmaxKVBackend(AttentionBackend):
 
 def _explain(reason: str, layer: dict[str, Any]) -> str:
     """vLLM's generic reason, with the value that caused it and what to do."""
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in EntmaxKVBackend.supported_dtypes)
+    names = ", ".join(
+        str(dtype).removeprefix("torch.") for dtype in EntmaxKVBackend.supported_dtypes
+    )
     details = {
         "head_size not supported": f"head_size={layer.get('head_size')} is not supported; "
         f"supported are {', '.join(map(str, HEAD_SIZES))}",

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from entmaxkv_kernels import PagedCache, PageLayout, Selector, split_pages
 
+from entmaxkv_kernels import PagedCache, PageLayout, Selector, split_pages
 from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def page_layout(config: EntmaxKVConfig, selector: Selector, head_size: int) -> P
         return layout
     except ValueError as error:
         raise ConfigurationError(
-            "page_size", config.page_size, f"does not fit head size {head_size} ({error})",
+            "page_size",
+            config.page_size,
+            f"does not fit head size {head_size} ({error})",
             "choose a smaller page size",
         ) from error
 

@@ -145,9 +145,7 @@ def _section(additional: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     for name in options:
         if name not in OPTIONS:
-            raise ConfigurationError(
-                "option", name, "is unknown", _suggestion(str(name), OPTIONS)
-            )
+            raise ConfigurationError("option", name, "is unknown", _suggestion(str(name), OPTIONS))
     return options
 
 
@@ -160,7 +158,7 @@ def _suggestion(name: str, choices: Sequence[str]) -> str:
 def _checkpoint_alpha(
     checkpoint: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[Any, str]:
-    keys = ALPHA_KEYS
+    keys: tuple[str, ...] = ALPHA_KEYS
     if "use_triton_entmax" in checkpoint:
         # SparseModernBERT calls it plainly `alpha`, too common a name to trust elsewhere.
         keys = (*ALPHA_KEYS, "alpha")

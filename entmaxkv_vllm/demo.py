@@ -53,11 +53,11 @@ def run(model: str, selector: str, tokens: int, seed: int, keep: bool) -> int:
 def _arguments(tokens: int) -> tuple[str, ...]:
     from vllm.platforms import current_platform
 
-    arguments = ("--max-model-len", str(max(8192, tokens) + 2 * ANSWER_TOKENS))
-    if current_platform.is_cpu():
-        # Nothing to compile for a reference implementation, and float32 is its fastest type.
-        arguments += ("--enforce-eager", "--dtype", "float32")
-    return arguments
+    length = ("--max-model-len", str(max(8192, tokens) + 2 * ANSWER_TOKENS))
+    if not current_platform.is_cpu():
+        return length
+    # Nothing to compile for a reference implementation, and float32 is a CPU's fastest type.
+    return (*length, "--enforce-eager", "--dtype", "float32")
 
 
 def _show_waiting(seconds: float) -> None:

@@ -105,9 +105,7 @@ def _platform() -> Finding:
 
     name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
     if current_platform.is_cpu() and name != CPU_PLATFORM_PATH:
-        return Finding(
-            "fail", "platform", f"{name} cannot select {BACKEND}", "see the lines above"
-        )
+        return Finding("fail", "platform", f"{name} cannot select {BACKEND}", "see the lines above")
     return Finding("ok", "platform", name)
 
 

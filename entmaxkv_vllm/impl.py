@@ -3,6 +3,11 @@
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
 from entmaxkv_kernels import (
     Exact,
     Gaussian,
@@ -14,11 +19,6 @@ from entmaxkv_kernels import (
     decode,
     prefill,
 )
-from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
-
 from entmaxkv_vllm import cache, telemetry
 from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig, from_vllm
 from entmaxkv_vllm.metadata import EntmaxKVMetadata
@@ -88,7 +88,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.selector = selector_of(self.config)
         self.layout: PageLayout = cache.page_layout(self.config, self.selector, head_size)
-        self.counters = telemetry.worker_counters(vllm_config)
+        self.shared_counters = telemetry.worker_counters(vllm_config)
+        self.counters: torch.Tensor | None = None
         self._layer_index: int | None = None
         self._pages: PagedCache | None = None
 
@@ -133,6 +134,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         paged = self.pages(kv_cache)
         if (rows := attn_metadata.decode) is not None:
             tokens = slice(rows.first_token, rows.last_token)
+            counters = self._counters(index, query.device)
             decode(
                 query[tokens],
                 paged,
@@ -144,9 +146,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 alibi_slopes=self.alibi_slopes,
                 sliding_window=self.sliding_window,
                 exact_below=self.config.exact_below,
-                counters=self.counters[index],
+                counters=counters,
                 out=output[tokens],
             )
+            self.shared_counters[index].copy_(counters)
         if (rows := attn_metadata.prefill) is not None:
             tokens = slice(rows.first_token, rows.last_token)
             prefill(
@@ -166,8 +169,14 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     def index_of(self, layer: AttentionLayer) -> int:
         """Index of `layer` in the whole model."""
         if self._layer_index is None:
-            self._layer_index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+            self._layer_index = extract_layer_index(layer.layer_name)
         return self._layer_index
+
+    def _counters(self, index: int, device: torch.device) -> torch.Tensor:
+        """This layer's counters where the kernels can add to them, [len(Counter)] int64."""
+        if self.counters is None:
+            self.counters = torch.zeros_like(self.shared_counters[index], device=device)
+        return self.counters
 
     def pages(self, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from entmaxkv_kernels import Counter
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from entmaxkv_kernels import Counter
 from entmaxkv_vllm.telemetry import read_counters
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def register() -> None:
         register_backend(BACKEND, BACKEND_PATH)
         # A child process unpickles its configuration before it loads plugins, so the member
         # must bring its own registration along.
-        AttentionBackendEnum[BACKEND].__reduce_ex__ = _reduce  # type: ignore[method-assign]
+        AttentionBackendEnum[BACKEND].__reduce_ex__ = _reduce
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":

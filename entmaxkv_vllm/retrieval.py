@@ -141,7 +141,9 @@ def association_facts(rng: random.Random, count: int, held_out: bool) -> list[Fa
     """Pairs of words: associative recall."""
     words = distinct_words(rng, 2 * count, held_out)
     return [
-        Fact(f"{key} maps to {value}.", f"What does {key} map to?", f" {key} maps to {value}.", value)
+        Fact(
+            f"{key} maps to {value}.", f"What does {key} map to?", f" {key} maps to {value}.", value
+        )
         for key, value in zip(words[::2], words[1::2], strict=True)
     ]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from entmaxkv_kernels import Counter
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from byte_tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, byte_tokenizer
-from entmaxkv_kernels.triton.training import entmax_attention
 from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from entmaxkv_kernels.triton.training import entmax_attention
 
 ATTENTION = {1.0: "sdpa", 1.5: "entmax15"}
 HEAD_DIM = 64

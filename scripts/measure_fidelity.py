@@ -13,13 +13,15 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from entmaxkv_kernels import Exact, analyze_decode
 from entmaxkv_vllm import DEMO_MODEL, __version__
-from entmaxkv_vllm.retrieval import evaluation_tasks
+from entmaxkv_vllm.retrieval import NeedleTask, evaluation_tasks
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -27,7 +29,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 LENGTHS = (2048, 4096, 8192)
 KEYS = (1, 8)
 ANSWER_TOKENS = 64
+BATCH = 8
 MEASURES = ("pages_read", "dropped_mass", "support_recall", "output_error")
+
+
+def batched(tasks: Iterator[NeedleTask], size: int) -> Iterator[list[NeedleTask]]:
+    while batch := list(islice(tasks, size)):
+        yield batch
 
 
 class Recorder:
@@ -89,11 +97,11 @@ def recorded(recorder: Recorder) -> Iterator[None]:
             recorder.add(self, layer, query, kv_cache, metadata)
         return forward(self, layer, query, *others, **outputs)
 
-    EntmaxKVImpl.forward = forward_and_record
+    EntmaxKVImpl.forward = forward_and_record  # type: ignore[method-assign]
     try:
         yield
     finally:
-        EntmaxKVImpl.forward = forward
+        EntmaxKVImpl.forward = forward  # type: ignore[method-assign]
 
 
 def measure(model: Path, selector: str, tasks: int, lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def measure(model: Path, selector: str, tasks: int, lengths: tuple[int, ...]) ->
         additional_config={"entmaxkv": options},
     )
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    context = worker.model_runner.compilation_config.static_forward_context
+    context = worker.vllm_config.compilation_config.static_forward_context
     layers = list(context.values())
     sparse = layers[0].impl.selector
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, stop="\n")
@@ -125,10 +133,13 @@ def measure(model: Path, selector: str, tasks: int, lengths: tuple[int, ...]) ->
     for length in lengths:
         for keys in KEYS:
             right: dict[str, int] = {"exact": 0, selector: 0}
-            for task in evaluation_tasks("codes", keys, length, tasks, seed=1):
-                right["exact"] += task.is_correct(answers([task.prompt], Exact())[0])
+            for batch in batched(evaluation_tasks("codes", keys, length, tasks, seed=1), BATCH):
+                prompts = [task.prompt for task in batch]
+                pairs = zip(batch, answers(prompts, Exact()), strict=True)
+                right["exact"] += sum(task.is_correct(text) for task, text in pairs)
                 with recorded(recorder):
-                    right[selector] += task.is_correct(answers([task.prompt], sparse)[0])
+                    pairs = zip(batch, answers(prompts, sparse), strict=True)
+                right[selector] += sum(task.is_correct(text) for task, text in pairs)
             results.append(
                 {
                     "context": length,

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from entmaxkv_vllm import DEMO_MODEL
 
 # In-process engines: their memory can be looked at, and a start takes 6 seconds instead of 35.

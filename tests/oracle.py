@@ -1,4 +1,4 @@
-"""An independent oracle: the same checkpoint in transformers, its attention by the package `entmax`.
+"""An independent oracle: the same checkpoint in transformers, attention by the package `entmax`.
 
 Nothing of this project computes here. Key and value heads are repeated for their group of query
 heads, scores are materialised, and `entmax.entmax15` turns them into weights by sorting.
@@ -16,7 +16,7 @@ NAME = "entmax_oracle"
 def entmax_attention(
     module, query, key, value, attention_mask, scaling, sliding_window=None, **unused
 ):
-    """[B, query_heads, T, D] queries over [B, kv_heads, N, D] keys and values, causal, alpha 1.5."""
+    """Causal, alpha 1.5: [B, query_heads, T, D] over [B, kv_heads, N, D] keys and values."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     tokens, keys = query.shape[2], key.shape[2]

@@ -1,6 +1,7 @@
 """The configuration: where values come from, and one readable error for each mistake."""
 
 import pytest
+
 from entmaxkv_vllm.config import ConfigurationError, resolve
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from entmaxkv_vllm import cli, doctor
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from entmaxkv_vllm import compat, plugin
 
 

@@ -1,4 +1,4 @@
-"""What ENTMAXKV refuses is refused while vLLM reads its configuration, before any process starts."""
+"""What ENTMAXKV refuses, it refuses while vLLM reads its configuration: nothing starts."""
 
 import json
 
@@ -181,10 +181,11 @@ def test_an_unsupported_layer_is_refused_with_its_reason_and_a_remedy(layer, cha
 
 
 def test_the_cpu_platform_turns_reasons_into_one_error(layer):
-    from entmaxkv_vllm import plugin
-    from entmaxkv_vllm.platform import EntmaxKVCpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from entmaxkv_vllm import plugin
+    from entmaxkv_vllm.platform import EntmaxKVCpuPlatform
 
     plugin.register()
     del layer["device_capability"]

@@ -1,17 +1,28 @@
 """The training attention against plain double-precision autograd."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the training attention needs PyTorch")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # Triton reads this once, while it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the training attention is a Triton kernel")
 
 from entmaxkv_kernels.triton.training import entmax_attention  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+# Triton takes its interpreter for good while it is imported, and vLLM's kernels must not get it.
+ELSEWHERE = DEVICE == "cpu" and not INTERPRETER.items() <= os.environ.items()
+runs_kernels = pytest.mark.skipif(ELSEWHERE, reason="runs in a process with Triton's interpreter")
+
+
+@pytest.mark.skipif(not ELSEWHERE, reason="this process runs the kernels itself")
+def test_all_tests_of_this_file_pass_in_a_process_with_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(command, env=os.environ | INTERPRETER, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout
 
 
 def entmax15(scores: torch.Tensor) -> torch.Tensor:
@@ -36,6 +47,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     return entmax15(scores) @ v
 
 
+@runs_kernels
 @pytest.mark.parametrize("sharpness", [0.3, 4.0], ids=["dense-weights", "sparse-weights"])
 @pytest.mark.parametrize("length", [1, 77, 128, 301], ids=lambda n: f"{n}-tokens")
 @pytest.mark.parametrize("group", [1, 2], ids=["one-head-per-key-head", "two-heads-per-key-head"])
@@ -63,6 +75,7 @@ def test_output_and_gradients_equal_double_precision_autograd(
         assert error < 1e-4
 
 
+@runs_kernels
 def test_strided_heads_are_read_in_place() -> None:
     packed = torch.randn(1, 50, 4, 16, device=DEVICE)
     q, k, v = packed[:, :, :2], packed[:, :, 2:3], packed[:, :, 3:]
@@ -86,11 +99,13 @@ def test_bfloat16_gradients_are_within_rounding_on_the_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("query", "key"),
-    [((1, 2, 8, 24), (1, 1, 8, 24)), ((1, 3, 8, 16), (1, 2, 8, 16)), ((1, 2, 8, 16), (1, 2, 9, 16))],
+    [
+        ((1, 2, 8, 24), (1, 1, 8, 24)),
+        ((1, 3, 8, 16), (1, 2, 8, 16)),
+        ((1, 2, 8, 16), (1, 2, 9, 16)),
+    ],
     ids=["a-head-dimension-of-24", "two-key-heads-for-three", "another-length"],
 )
-def test_shapes_that_do_not_fit_are_refused(
-    query: tuple[int, ...], key: tuple[int, ...]
-) -> None:
+def test_shapes_that_do_not_fit_are_refused(query: tuple[int, ...], key: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         entmax_attention(torch.zeros(query), torch.zeros(key), torch.zeros(key))

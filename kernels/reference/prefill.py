@@ -12,6 +12,9 @@ from .scores import scale_to_scores
 TILE_ELEMENTS = 1 << 18
 """Scores held at a time: small enough that the solver's passes over them stay in cache."""
 
+GPU_TILES = 256
+"""A GPU takes this many times as many scores, to have work for all of it."""
+
 MIN_QUERY_BLOCK = 16
 """Fewest queries per tile, so that a very long context is not read once per query."""
 
@@ -76,7 +79,8 @@ def _prefill_sequence(
     query = query.view(count, kv_heads, group, head_size).permute(1, 2, 0, 3)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     first = seq_len - count
-    tile_heads = min(kv_heads, max(1, TILE_ELEMENTS // (group * count * seq_len)))
+    elements = TILE_ELEMENTS * (1 if query.is_cpu else GPU_TILES)
+    tile_heads = min(kv_heads, max(1, elements // (group * count * seq_len)))
     for head in range(0, kv_heads, tile_heads):
         heads = slice(head, min(head + tile_heads, kv_heads))
         query_heads_here = slice(heads.start * group, heads.stop * group)
@@ -86,7 +90,7 @@ def _prefill_sequence(
         slopes_here = None if slopes is None else slopes[query_heads_here, None, None]
         begin = 0
         while begin < count:
-            end = min(count, begin + _query_block(first + begin, tile_heads * group))
+            end = min(count, begin + _query_block(first + begin, elements // (tile_heads * group)))
             low = 0 if sliding_window is None else max(0, first + begin + 1 - sliding_window)
             keys_here = slice(max(low - offset, 0), first + end - offset)
             tile = query[heads, :, begin:end].flatten(1, 2)  # [kv_heads, group * block, head_size]
@@ -106,10 +110,10 @@ def _gather(pages: Tensor, ids: Tensor, length: int, dtype: torch.dtype) -> Tens
     return rows[:, :length].to(dtype)
 
 
-def _query_block(position: int, heads: int) -> int:
-    """Queries per tile, the first one at `position`, such that the tile holds TILE_ELEMENTS."""
-    # block * (position + block) * heads = TILE_ELEMENTS
-    block = (math.sqrt(position**2 + 4 * TILE_ELEMENTS / heads) - position) / 2
+def _query_block(position: int, elements: int) -> int:
+    """Queries per tile, the first one at `position`, such that it holds `elements` per head."""
+    # block * (position + block) = elements
+    block = (math.sqrt(position**2 + 4 * elements) - position) / 2
     return max(MIN_QUERY_BLOCK, int(block))
 
 

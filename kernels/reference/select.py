@@ -51,11 +51,11 @@ def select_pages(
     if sliding_window is not None:
         held &= page >= (seq_lens[:, None] - sliding_window).clamp_min(0) // page_size
     selected = held[:, None].repeat(1, kv_heads, 1)
+    if isinstance(selector, Exact) or sliding_window is not None:
+        return Selection(held, selected, torch.zeros_like(seq_lens, dtype=torch.bool))
     sparse = (seq_lens > exact_below) & (page_count > 1)
     if exact_rows is not None:
         sparse &= ~exact_rows
-    if isinstance(selector, Exact) or sliding_window is not None:
-        sparse = torch.zeros_like(sparse)
     if not sparse.any():
         return Selection(held, selected, sparse)
     dtype = compute_dtype(query.dtype)

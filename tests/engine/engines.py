@@ -2,10 +2,8 @@
 
 import contextlib
 import gc
-import os
 
 from entmaxkv_vllm import DEMO_MODEL
-
 
 
 @contextlib.contextmanager
@@ -34,7 +32,7 @@ def engine(model=DEMO_MODEL, **options):
 def layers_of(llm):
     """The attention layers of an engine that runs in this process, in order."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    context = worker.model_runner.compilation_config.static_forward_context
+    context = worker.vllm_config.compilation_config.static_forward_context
     return list(context.values())
 
 

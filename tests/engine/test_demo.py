@@ -1,6 +1,7 @@
 """The main job as a user runs it: a server, OpenAI's client, a right answer, counted pages."""
 
 import pytest
+
 from entmaxkv_vllm import cli, demo
 from entmaxkv_vllm.retrieval import NeedleTask
 

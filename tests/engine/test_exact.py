@@ -5,6 +5,7 @@ import random
 import oracle
 import pytest
 import torch
+
 from entmaxkv_vllm import DEMO_MODEL
 from entmaxkv_vllm.retrieval import haystack_window, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters

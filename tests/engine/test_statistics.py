@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from entmaxkv_vllm.retrieval import haystack_window, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters, read_counters
 

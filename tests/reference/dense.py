@@ -9,7 +9,7 @@ def dense_weights(scores: Tensor, alpha: float) -> Tensor:
     """alpha-entmax of scores [..., n], by bisection."""
     if alpha == 1:
         return scores.softmax(-1)
-    return entmax_bisect(scores, alpha, dim=-1, n_iter=100)
+    return entmax_bisect(scores, alpha, dim=-1, n_iter=60)
 
 
 def dense_scores(

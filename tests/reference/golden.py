@@ -5,6 +5,7 @@ padded with zeros to 8, so that a page is a whole number of elements per token.
 """
 
 import torch
+
 from entmaxkv_kernels import PageLayout, allocate_pages, append, split_pages
 from entmaxkv_kernels.reference.candidates import Candidates
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from entmaxkv_kernels import (
     PagedCache,
     PageLayout,
@@ -13,7 +15,6 @@ from entmaxkv_kernels import (
     prefill,
     split_pages,
 )
-from torch import Tensor
 
 from .dense import dense_attention
 

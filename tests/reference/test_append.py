@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from entmaxkv_kernels import append
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from entmaxkv_kernels import append
 
 from .scene import assert_close, make_scene
 

@@ -3,6 +3,9 @@
 import entmax as published
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from entmaxkv_kernels.reference.entmax import (
     entmax,
     entmax_threshold,
@@ -11,8 +14,6 @@ from entmaxkv_kernels.reference.entmax import (
     exponent,
     solve_entmax,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from .scene import assert_close
 

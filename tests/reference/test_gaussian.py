@@ -5,6 +5,9 @@ import math
 import mpmath
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from entmaxkv_kernels import Gaussian
 from entmaxkv_kernels.reference.candidates import Candidates
 from entmaxkv_kernels.reference.entmax import exponent
@@ -16,8 +19,6 @@ from entmaxkv_kernels.reference.gaussian import (
     model_pages,
     score_threshold,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from .golden import golden_candidates
 from .scene import assert_close, make_scene

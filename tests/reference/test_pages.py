@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from entmaxkv_kernels import PageLayout, allocate_pages, split_pages
 
 LAYOUTS = [

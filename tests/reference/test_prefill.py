@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from entmaxkv_kernels import Exact, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from entmaxkv_kernels import Exact, prefill
 
 from .scene import assert_close, make_scene
 
@@ -41,7 +42,7 @@ def test_alibi_and_a_sliding_window_match_dense_attention(alpha):
     scene = make_scene([1, 40, 77], group=3)
     slopes = torch.tensor([0.5, 0.0, -0.25, 0.0625, 0.01, 1.0])
     assert_prefill(scene, alpha=alpha, slopes=slopes)
-    for window in (1, 2, 15, 16, 33, 1000):
+    for window in (1, 16, 33, 1000):
         assert_prefill(scene, alpha=alpha, window=window)
         assert_prefill(scene, alpha=alpha, window=window, slopes=slopes)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from entmaxkv_kernels import TopK
 from entmaxkv_kernels.reference.quest import quest_bounds, quest_pages
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from entmaxkv_kernels import (
     Counter,
     Exact,
