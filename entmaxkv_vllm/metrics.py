@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -30,14 +31,24 @@ class EntmaxKVCollector(Collector):
     def __init__(self, instance_id: str, model_name: str) -> None:
         self.instance_id = instance_id
         self.model_name = model_name
+        self.before: np.ndarray | None = None
+
+    def totals(self) -> np.ndarray:
+        """The engine's counters summed over layers, [len(Counter)] int64."""
+        return read_counters(self.instance_id).sum(0)
+
+    def forget_warm_up(self) -> None:
+        """Leave out what vLLM decoded before the first request."""
+        if self.before is None:
+            self.before = self.totals()
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        table = read_counters(self.instance_id)
+        totals = self.totals() - (0 if self.before is None else self.before)
         for counter in Counter:
             family = CounterMetricFamily(
                 f"entmaxkv_{counter.name.lower()}", DESCRIPTIONS[counter], labels=["model_name"]
             )
-            family.add_metric([self.model_name], int(table[:, counter].sum()))
+            family.add_metric([self.model_name], int(totals[counter]))
             yield family
 
 
@@ -47,7 +58,7 @@ class EntmaxKVStatLogger(StatLoggerBase):
     _registered: dict[str, EntmaxKVCollector] = {}  # noqa: RUF012  one per engine, per process
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
-        instance = vllm_config.instance_id
+        instance = self.instance_id = vllm_config.instance_id
         if instance not in self._registered:
             names = vllm_config.model_config.served_model_name
             name = names if isinstance(names, str) else names[0]
@@ -58,4 +69,5 @@ class EntmaxKVStatLogger(StatLoggerBase):
         """Nothing to do: the counters are read at scrape time."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing to do: the configuration was logged when it was resolved."""
+        """Count from here on."""
+        self._registered[self.instance_id].forget_warm_up()

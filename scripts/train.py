@@ -157,7 +157,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=400, help="evaluation tasks per score")
     parser.add_argument("--log-seconds", type=float, default=5)
     parser.add_argument("--probe-seconds", type=float, default=75)
-    parser.add_argument("--resume", type=Path, help="a checkpoint.pt to continue from")
+    parser.add_argument(
+        "--resume", type=Path, help="a checkpoint.pt; continues at its share of the budget"
+    )
     return parser.parse_args()
 
 
