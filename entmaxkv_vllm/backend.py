@@ -76,8 +76,16 @@ class EntmaxKVBackend(AttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Reasons why ENTMAXKV cannot serve a layer, each with its setting and a remedy."""
-        reasons = super().validate_configuration(*args, **kwargs)
-        return [_explain(reason, kwargs) for reason in reasons]
+        reasons = [
+            _explain(reason, kwargs) for reason in super().validate_configuration(*args, **kwargs)
+        ]
+        dtype, cache_dtype = kwargs.get("dtype"), kwargs.get("kv_cache_dtype")
+        if cache_dtype in ("float16", "bfloat16") and dtype != getattr(torch, cache_dtype):
+            reasons.append(
+                f"kv_cache_dtype={cache_dtype} differs from dtype={dtype}; "
+                "use --kv-cache-dtype auto"
+            )
+        return reasons
 
 
 def _explain(reason: str, layer: dict[str, Any]) -> str:

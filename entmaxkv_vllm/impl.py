@@ -91,6 +91,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.shared_counters = telemetry.worker_counters(vllm_config)
         self.counters: torch.Tensor | None = None
         self._layer_index: int | None = None
+        self._kv_cache: torch.Tensor | None = None
         self._pages: PagedCache | None = None
 
     def do_kv_cache_update(
@@ -180,6 +181,6 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
 
     def pages(self, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""
-        if self._pages is None or self._pages.key.data_ptr() != kv_cache.data_ptr():
-            self._pages = cache.views(kv_cache, self.layout)
+        if self._pages is None or self._kv_cache is not kv_cache:
+            self._kv_cache, self._pages = kv_cache, cache.views(kv_cache, self.layout)
         return self._pages

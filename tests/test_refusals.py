@@ -86,6 +86,12 @@ def test_a_block_of_several_pages_is_accepted(start):
         pytest.param(
             LLAMA, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported", id="fp8-cache"
         ),
+        pytest.param(
+            LLAMA,
+            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+            "kv_cache_dtype=bfloat16 differs from dtype=torch.float32",
+            id="cache-of-another-type",
+        ),
         pytest.param(GEMMA2, {}, "attn_logit_softcapping=50.0 is not supported", id="soft-cap"),
     ],
 )
@@ -131,6 +137,26 @@ def test_hf_overrides_reach_the_configuration(start):
     resolved = config.from_vllm(engine)
     assert resolved.alpha == 1.25
     assert resolved.sources["alpha"] == "--hf-overrides"
+
+
+def test_one_line_of_log_says_what_is_in_force_and_where_it_came_from(start):
+    import logging
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.entmaxkv")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        start(options={"selector": "topk", "token_budget": 400})
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    (line,) = [line for line in lines if "in force" in line]
+    assert "token_budget=400 (--additional-config)" in line
+    assert "page_size=16 (default)" in line
 
 
 @pytest.fixture
