@@ -12,7 +12,7 @@ demo: $(STAMPS)/run
 
 test: $(STAMPS)/develop lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=15
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov --cov-report=term --durations=15
 lint: $(STAMPS)/develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
