@@ -1,8 +1,12 @@
 # Every target works in the active virtual environment, or in .venv, which it makes if there is none.
 VENV := $(or $(VIRTUAL_ENV),.venv)
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+ifneq ($(words $(VENV)),1)
+$(error the path of the active virtual environment holds a space: deactivate it)
+endif
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name))))
 BIN := $(VENV)/bin
-STAMPS := $(VENV)/.entmaxkv
+# An environment can be active for several clones: each installs itself.
+STAMPS := $(VENV)/.entmaxkv-$(firstword $(shell pwd | cksum))
 
 .PHONY: demo test lint setup clean
 .DEFAULT_GOAL := demo
@@ -23,7 +27,8 @@ lint: $(STAMPS)/develop
 setup: $(STAMPS)/run
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error no python3 found: install Python 3.11 or 3.12)) -m venv $(VENV) \
+		|| { rm -rf $(VENV); exit 1; }
 
 $(STAMPS)/run: pyproject.toml scripts/setup_cpu.py | $(BIN)/python
 	$(BIN)/python scripts/setup_cpu.py

@@ -1,7 +1,6 @@
 """EntmaxKV for vLLM: alpha-entmax attention served exactly, or with support-aware sparse decoding.
 
-vLLM finds this package through its plugin entry points; importing it by hand before
-`LLM(attention_config=...)` registers the backend early enough for that spelling too.
+vLLM finds this package through its plugin entry points (see `plugin`).
 """
 
 from importlib.metadata import version

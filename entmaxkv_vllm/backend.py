@@ -1,5 +1,9 @@
 """What ENTMAXKV supports, and why not the rest."""
 
+from entmaxkv_vllm import compat
+
+compat.check_vllm_version()  # before the first import of anything that versions differ in
+
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -7,29 +11,37 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, KVQuantMode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from entmaxkv_vllm import cache, compat
-from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig, current, from_vllm
-from entmaxkv_vllm.impl import EntmaxKVImpl, selector_of
+from entmaxkv_vllm import cache
+from entmaxkv_vllm.config import OTHER_BACKEND, EntmaxKVConfig, current, from_vllm
+from entmaxkv_vllm.impl import EntmaxKVImpl
 from entmaxkv_vllm.metadata import EntmaxKVMetadataBuilder
 from entmaxkv_vllm.plugin import BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-compat.check_vllm_version()
-
 HEAD_SIZES = (64, 80, 96, 128, 256)
-_OTHER_BACKEND = "serve this model with another attention backend"
+
+REMEDIES = {
+    "head_size not supported": f"supported are {', '.join(map(str, HEAD_SIZES))}; {OTHER_BACKEND}",
+    "dtype not supported": "use --dtype float16, bfloat16 or float32",
+    "kv_cache_dtype not supported": "use --kv-cache-dtype auto",
+    "block_size not supported": "leave --block-size out, or give a multiple of page_size",
+    "MLA not supported": OTHER_BACKEND,
+    "attention sinks not supported": f"entmax has no counterpart to them; {OTHER_BACKEND}",
+    "KV connector not supported": "leave --kv-transfer-config out",
+    "DCP not supported": "entmax has no normaliser to share; "
+    "leave --decode-context-parallel-size at 1",
+    "PCP not supported": "entmax has no normaliser to share; "
+    "leave --prefill-context-parallel-size at 1",
+}
+"""What to do about each of vLLM's reasons; any other reason means another backend."""
 
 
 class EntmaxKVBackend(AttentionBackend):
     """Entmax attention over vLLM's paged cache, with per-page key statistics inside the pages."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    ]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update: bool = False
 
@@ -60,6 +72,11 @@ class EntmaxKVBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # A connector that writes single tokens would leave the page statistics stale.
+        return False
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         # A page must be one contiguous run, so tokens may not be interleaved across heads.
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.BHLNC)
@@ -69,17 +86,17 @@ class EntmaxKVBackend(AttentionBackend):
         """Grow a layer's cache by the page statistics that the selector in force reads."""
         if spec.state_content_bytes is not None or spec.kv_quant_mode != KVQuantMode.NONE:
             return spec
-        config = current()
-        layout = cache.page_layout(config, selector_of(config), spec.head_size)
-        return cache.plan(spec, layout)
+        return cache.plan(spec, cache.page_layout(current(), spec.head_size))
 
     @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons why ENTMAXKV cannot serve a layer, each with its setting and a remedy."""
-        reasons = [
-            _explain(reason, kwargs) for reason in super().validate_configuration(*args, **kwargs)
-        ]
-        dtype, cache_dtype = kwargs.get("dtype"), kwargs.get("kv_cache_dtype")
+    def validate_configuration(cls, *args: Any, **layer: Any) -> list[str]:
+        """Reasons why ENTMAXKV cannot serve a layer, each with its value and a remedy."""
+        reasons = []
+        for reason in super().validate_configuration(*args, **layer):
+            setting, _, problem = reason.partition(" ")
+            shown = f"{setting}={layer[setting]} {problem}" if setting in layer else reason
+            reasons.append(f"{shown}; {REMEDIES.get(reason, OTHER_BACKEND)}")
+        dtype, cache_dtype = layer.get("dtype"), layer.get("kv_cache_dtype")
         if cache_dtype in ("float16", "bfloat16") and dtype != getattr(torch, cache_dtype):
             reasons.append(
                 f"kv_cache_dtype={cache_dtype} differs from dtype={dtype}; "
@@ -88,31 +105,10 @@ class EntmaxKVBackend(AttentionBackend):
         return reasons
 
 
-def _explain(reason: str, layer: dict[str, Any]) -> str:
-    """vLLM's generic reason, with the value that caused it and what to do."""
-    names = ", ".join(
-        str(dtype).removeprefix("torch.") for dtype in EntmaxKVBackend.supported_dtypes
-    )
-    details = {
-        "head_size not supported": f"head_size={layer.get('head_size')} is not supported; "
-        f"supported are {', '.join(map(str, HEAD_SIZES))}",
-        "dtype not supported": f"dtype={layer.get('dtype')} is not supported; use --dtype "
-        f"with one of {names}",
-        "kv_cache_dtype not supported": f"kv_cache_dtype={layer.get('kv_cache_dtype')} is not "
-        f"supported; use --kv-cache-dtype auto",
-        "block_size not supported": f"block_size={layer.get('block_size')} is not a multiple of "
-        "entmaxkv's page_size; leave --block-size out or give a multiple of it",
-        "MLA not supported": f"MLA attention is not supported; {_OTHER_BACKEND}",
-        "attention sinks not supported": "attention sinks have no entmax counterpart; "
-        f"{_OTHER_BACKEND}",
-        "DCP not supported": "decode context parallelism needs a softmax normaliser, which entmax "
-        "does not have; leave --decode-context-parallel-size at 1",
-        "PCP not supported": "prefill context parallelism needs a softmax normaliser, which "
-        "entmax does not have; leave --prefill-context-parallel-size at 1",
-    }
-    if reason.startswith("attention type"):
-        return f"{reason}: only causal decoder attention is; {_OTHER_BACKEND}"
-    return details.get(reason, f"{reason}; {_OTHER_BACKEND}")
+def refuse(reasons: list[str]) -> None:
+    """Raise ValueError if there is any reason against serving."""
+    if reasons:
+        raise ValueError(f"entmaxkv: ENTMAXKV cannot serve this model: {'; '.join(reasons)}")
 
 
 def check_engine(vllm_config: "VllmConfig") -> EntmaxKVConfig:
@@ -122,43 +118,28 @@ def check_engine(vllm_config: "VllmConfig") -> EntmaxKVConfig:
     that a mistake costs a second and not a model load.
 
     Raises:
-        ConfigurationError: naming the first setting that cannot be served.
+        ValueError: naming the settings that cannot be served.
     """
-    model, parallel, cache_config = (
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        vllm_config.cache_config,
-    )
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config = from_vllm(vllm_config)
-    cache.page_layout(config, selector_of(config), model.get_head_size())
-    block_size = cache_config.block_size if cache_config.user_specified_block_size else None
-    if block_size is not None and block_size % config.page_size:
-        raise ConfigurationError(
-            "block_size",
-            block_size,
-            f"is not a multiple of entmaxkv's page_size {config.page_size}",
-            "leave --block-size out or give a multiple of it",
+    cache.page_layout(config, model.get_head_size())
+    transfer = vllm_config.kv_transfer_config
+    refuse(
+        EntmaxKVBackend.validate_configuration(
+            head_size=model.get_head_size(),
+            dtype=model.dtype,
+            kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+            block_size=None,
+            use_mla=model.use_mla,
+            has_sink=False,
+            use_sparse=False,
+            use_mm_prefix=model.is_mm_prefix_lm,
+            use_per_head_quant_scales=False,
+            device_capability=None,
+            attn_type=AttentionType.DECODER,
+            use_kv_connector=transfer is not None and transfer.is_kv_transfer_instance,
+            use_pcp=parallel.prefill_context_parallel_size > 1,
+            use_dcp=parallel.decode_context_parallel_size > 1,
         )
-    soft_cap = getattr(model.hf_text_config, "attn_logit_softcapping", None)
-    if soft_cap:
-        raise ConfigurationError(
-            "attn_logit_softcapping", soft_cap, "is not supported by ENTMAXKV", _OTHER_BACKEND
-        )
-    reasons = EntmaxKVBackend.validate_configuration(
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-        kv_cache_dtype=cache_config.cache_dtype,
-        block_size=None,
-        use_mla=model.use_mla,
-        has_sink=False,
-        use_sparse=False,
-        use_mm_prefix=model.is_mm_prefix_lm,
-        use_per_head_quant_scales=False,
-        device_capability=None,
-        attn_type=AttentionType.DECODER,
-        use_pcp=parallel.prefill_context_parallel_size > 1,
-        use_dcp=parallel.decode_context_parallel_size > 1,
     )
-    if reasons:
-        raise ValueError(f"entmaxkv: ENTMAXKV cannot serve this model: {'; '.join(reasons)}")
     return config

@@ -3,25 +3,30 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from entmaxkv_kernels import PagedCache, PageLayout, Selector, split_pages
+from entmaxkv_kernels import Exact, Gaussian, PagedCache, PageLayout, Selector, TopK
 from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
-def page_layout(config: EntmaxKVConfig, selector: Selector, head_size: int) -> PageLayout:
-    """The page that `selector` needs.
+def selector_of(config: EntmaxKVConfig) -> Selector:
+    """The kernels' selector for a configuration."""
+    if config.selector == "gaussian":
+        return Gaussian()
+    if config.selector == "topk":
+        return TopK(token_budget=config.token_budget)
+    return Exact()
+
+
+def page_layout(config: EntmaxKVConfig, head_size: int) -> PageLayout:
+    """The page that the configured selector needs.
 
     Raises:
-        ConfigurationError: if the statistics do not fill a whole number of values per token.
+        ConfigurationError: if the statistics are not a whole number of values per token.
     """
     try:
-        layout = PageLayout(config.page_size, head_size, selector.statistics)
-        layout.elements_per_token  # noqa: B018  the property checks that it is whole
-        return layout
+        return PageLayout(config.page_size, head_size, selector_of(config).statistics)
     except ValueError as error:
         raise ConfigurationError(
             "page_size",
@@ -37,10 +42,8 @@ def plan(spec: "AttentionSpec", layout: PageLayout) -> "AttentionSpec":
     return replace(spec, state_content_bytes=content)
 
 
-def views(kv_cache: torch.Tensor, layout: PageLayout) -> PagedCache:
-    """Keys, values and statistics of vLLM's cache tensor, without a copy.
-
-    Args:
-        kv_cache: [num_pages, kv_heads, page_size, elements_per_token], each page one run.
-    """
-    return split_pages(kv_cache, layout)
+def without_statistics(pages: PagedCache) -> PagedCache:
+    """The same pages for a layer that always reads them all, so that none are recomputed."""
+    return pages._replace(
+        statistics=pages.statistics[:, :, :0], layout=replace(pages.layout, statistics=())
+    )

@@ -1,8 +1,10 @@
 """The `entmaxkv` command."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from entmaxkv_vllm import DEMO_MODEL, __version__
 from entmaxkv_vllm.config import SELECTORS
@@ -27,14 +29,33 @@ def parser() -> argparse.ArgumentParser:
         "doctor", help="say what is installed, what would be selected, and why not"
     )
     doctor.add_argument("model", nargs="?", help="a model to judge as `vllm serve` would")
-    doctor.add_argument("--additional-config", default="{}", help="as for vllm serve (JSON)")
-    doctor.add_argument("--hf-overrides", default="{}", help="as for vllm serve (JSON)")
+    for option in ("--additional-config", "--hf-overrides"):
+        doctor.add_argument(
+            option, type=_json_object, default={}, help="JSON, as for vllm serve; with a model"
+        )
     return top
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0 only if what it checks is true."""
-    args = parser().parse_args(arguments)
+    top = parser()
+    args = top.parse_args(arguments)
+    if (
+        args.command == "doctor"
+        and not args.model
+        and (args.additional_config or args.hf_overrides)
+    ):
+        top.error("--additional-config and --hf-overrides are judged with a model: give one")
     if args.command == "demo":
         from entmaxkv_vllm.demo import run as run_demo
 

@@ -29,8 +29,8 @@ def check_vllm_version(found: str | None = None) -> None:
         distribution = vllm_distribution()
         if distribution is None:
             raise ImportError(
-                f"entmaxkv: vLLM is not installed; install vllm{SUPPORTED} "
-                "(pip install 'entmaxkv-vllm[gpu]')"
+                f"entmaxkv: vLLM is not installed; install vllm{SUPPORTED} for a GPU, or its "
+                "CPU build (make setup in a clone)"
             )
         found = distribution[1]
     if Version(found) not in SUPPORTED:

@@ -15,7 +15,9 @@ SELECTORS = ("exact", "gaussian", "topk")
 PAGE_SIZES = (16, 32, 64, 128)
 ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
 SECTION = "entmaxkv"
+SMALLEST_ENTMAX_ALPHA = 1.01
 
+OTHER_BACKEND = "serve this model with another attention backend"
 _SOFTMAX_REMEDY = (
     "if this is an ordinary softmax model, say so: "
     """--additional-config '{"entmaxkv": {"alpha": 1.0}}'; if it was trained with entmax, """
@@ -61,12 +63,9 @@ class EntmaxKVConfig:
             return self.alpha[first_head : first_head + num_heads]
         return self.alpha
 
-    def describe(self) -> str:
-        """One line: every value in force and where it came from."""
-        return ", ".join(
-            f"{name}={getattr(self, name)} ({self.sources.get(name, 'default')})"
-            for name in OPTIONS
-        )
+    def describe(self, name: str) -> str:
+        """The value of one option in force and where it came from."""
+        return f"{name}={getattr(self, name)} ({self.sources.get(name, 'default')})"
 
 
 OPTIONS = tuple(f.name for f in fields(EntmaxKVConfig) if f.name != "sources")
@@ -84,7 +83,7 @@ def resolve(
 
     Args:
         checkpoint: the model's config.json as loaded, with `overrides` already merged in.
-        overrides: what `--hf-overrides` gave, used only to name the source of alpha.
+        overrides: what `--hf-overrides` gave; its alpha wins, however it is spelled.
         additional: `--additional-config`; its section `entmaxkv` wins over the checkpoint.
         num_query_heads: query heads of the whole model.
         num_layers: layers of the whole model.
@@ -109,6 +108,13 @@ def resolve(
         exact_below=_integer("exact_below", values.get("exact_below", defaults["exact_below"])),
         sources=sources,
     )
+    if config.selector != "topk" and "token_budget" in options:
+        raise ConfigurationError(
+            "token_budget",
+            config.token_budget,
+            f"means nothing to selector {config.selector}",
+            "leave it out, or use selector topk",
+        )
     if config.token_budget < config.page_size:
         raise ConfigurationError(
             "token_budget",
@@ -129,11 +135,18 @@ def resolve(
 
 def _section(additional: Mapping[str, Any]) -> Mapping[str, Any]:
     if SECTION not in additional:
-        near = difflib.get_close_matches(SECTION, list(additional), n=1, cutoff=0.8)
-        if near:
-            raise ConfigurationError(
-                "additional_config", near[0], "is not a section", f"did you mean {SECTION!r}?"
-            )
+        for name in additional:
+            if name in OPTIONS:
+                raise ConfigurationError(
+                    "additional_config",
+                    name,
+                    "is an option of entmaxkv outside its section",
+                    f"""write '{{"{SECTION}": {{"{name}": ...}}}}'""",
+                )
+            if difflib.get_close_matches(SECTION, [str(name).lower()], n=1, cutoff=0.8):
+                raise ConfigurationError(
+                    "additional_config", name, "is not a section", f"did you mean {SECTION!r}?"
+                )
         return {}
     options = additional[SECTION]
     if not isinstance(options, Mapping):
@@ -162,10 +175,15 @@ def _checkpoint_alpha(
     if "use_triton_entmax" in checkpoint:
         # SparseModernBERT calls it plainly `alpha`, too common a name to trust elsewhere.
         keys = (*ALPHA_KEYS, "alpha")
-    for key in keys:
-        if checkpoint.get(key) is not None:
-            source = "--hf-overrides" if key in overrides else f"config.json {key}"
-            return checkpoint[key], source
+    text_overrides = overrides.get("text_config")
+    for values, source in (
+        (overrides, "--hf-overrides"),
+        (text_overrides if isinstance(text_overrides, Mapping) else {}, "--hf-overrides"),
+        (checkpoint, "config.json"),
+    ):
+        for key in keys:
+            if values.get(key) is not None:
+                return values[key], source if values is not checkpoint else f"{source} {key}"
     raise ConfigurationError(
         "entmax_alpha", None, "is missing from the model's config.json", _SOFTMAX_REMEDY
     )
@@ -195,6 +213,13 @@ def _one_alpha(setting: str, value: Any) -> float:
             "is outside [1, 2]",
             "1 is softmax, 1.5 the usual entmax, 2 sparsemax",
         )
+    if 1.0 < value < SMALLEST_ENTMAX_ALPHA:
+        raise ConfigurationError(
+            setting,
+            value,
+            "is too close to 1 to be computed in float32",
+            f"use 1 (softmax) or at least {SMALLEST_ENTMAX_ALPHA}",
+        )
     return float(value)
 
 
@@ -213,7 +238,7 @@ def _integer(setting: str, value: Any) -> int:
 
 
 def _page_size(value: Any) -> int:
-    if isinstance(value, bool) or value not in PAGE_SIZES:
+    if type(value) is not int or value not in PAGE_SIZES:
         raise ConfigurationError(
             "page_size", value, "is not usable", f"choose from {', '.join(map(str, PAGE_SIZES))}"
         )
@@ -239,7 +264,7 @@ def from_vllm(vllm_config: "VllmConfig") -> EntmaxKVConfig:
     """Resolve the configuration of one engine and remember it for this process.
 
     Raises:
-        ConfigurationError: for any value that cannot be served.
+        ConfigurationError: for any value, and any feature of vLLM, that cannot be served.
     """
     global _last_resolved
     model = vllm_config.model_config
@@ -251,10 +276,39 @@ def from_vllm(vllm_config: "VllmConfig") -> EntmaxKVConfig:
         num_query_heads=model.hf_text_config.num_attention_heads,
         num_layers=model.get_total_num_hidden_layers(),
     )
+    _check_features(vllm_config, config)
     if config != _last_resolved:
-        logger.info("EntmaxKV in force: %s", config.describe())
+        logger.info("EntmaxKV in force: %s", ", ".join(map(config.describe, OPTIONS)))
     _last_resolved = config
     return config
+
+
+def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
+    """Refuse what vLLM can do but this backend cannot."""
+    cache, text = vllm_config.cache_config, vllm_config.model_config.hf_text_config
+    if cache.user_specified_block_size and cache.block_size % config.page_size:
+        raise ConfigurationError(
+            "block_size",
+            cache.block_size,
+            f"is not a multiple of entmaxkv's page_size {config.page_size}",
+            "leave --block-size out or give a multiple of it",
+        )
+    if vllm_config.speculative_config is not None and config.selector != "exact":
+        raise ConfigurationError(
+            "speculative_config",
+            vllm_config.speculative_config.method,
+            f"verifies several tokens at once, which selector {config.selector} does not do",
+            "use selector exact, or serve without speculative decoding",
+        )
+    if cache.kv_sharing_fast_prefill:
+        raise ConfigurationError(
+            "kv_sharing_fast_prefill", True, "is not supported by ENTMAXKV", "leave it out"
+        )
+    for name in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(text, name, None):
+            raise ConfigurationError(
+                name, getattr(text, name), "is not supported by ENTMAXKV", OTHER_BACKEND
+            )
 
 
 def current() -> EntmaxKVConfig:

@@ -24,12 +24,18 @@ def run(model: str, selector: str, tokens: int, seed: int, keep: bool) -> int:
         seed: which text, needle and place.
         keep: leave the server running and say how to ask it.
     """
-    task = needle_prompt(random.Random(seed), tokens=tokens)
-    options = {"entmaxkv": {"selector": selector, "exact_below": min(2048, tokens // 2)}}
+    try:
+        task = needle_prompt(random.Random(seed), tokens=tokens)
+    except ValueError as error:
+        print(f"FAILED: --tokens {tokens}: {error}", file=sys.stderr)
+        return 1
+    options: dict[str, Any] = {"selector": selector, "exact_below": min(2048, tokens // 2)}
+    if selector == "topk":
+        options["token_budget"] = max(16, tokens // 8)
     print(f"Starting vLLM with --attention-backend ENTMAXKV, selector {selector} ...", flush=True)
     server = Server(
         model,
-        additional_config=options,
+        additional_config={"entmaxkv": options},
         arguments=_arguments(tokens),
         keep=keep,
         waiting=_show_waiting,
@@ -44,7 +50,8 @@ def run(model: str, selector: str, tokens: int, seed: int, keep: bool) -> int:
         return 1
     finally:
         if keep and server.process.poll() is None:
-            print(f"\nThe server keeps running (process {server.process.pid}). Ask it:")
+            print(f"\nThe server keeps running (process {server.process.pid}, log {server.log}).")
+            print("Ask it:")
             print(_curl(server.url))
         else:
             print("Server stopped.")

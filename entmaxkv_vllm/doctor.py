@@ -1,16 +1,17 @@
 """`entmaxkv doctor`: what is installed, what vLLM would select, why not, and what to do."""
 
 import importlib.metadata
-import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from entmaxkv_vllm import __version__, compat
+from entmaxkv_vllm.config import OPTIONS
 from entmaxkv_vllm.plugin import BACKEND, BACKEND_PATH, CPU_PLATFORM_PATH
 
+Options = Mapping[str, Any]
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.stat_logger_plugins")
 
 
@@ -28,12 +29,14 @@ class Finding:
         return f"{line}\n{'':26}-> {self.remedy}" if self.remedy else line
 
 
-def diagnose(model: str | None, additional_config: str, hf_overrides: str) -> Iterator[Finding]:
+def diagnose(
+    model: str | None, additional_config: Options, hf_overrides: Options
+) -> Iterator[Finding]:
     """Every finding, in the order in which one would look.
 
     Args:
         model: a model to judge as `vllm serve` would, or None to judge the installation alone.
-        additional_config, hf_overrides: JSON, as for `vllm serve`.
+        additional_config, hf_overrides: as for `vllm serve`, parsed.
     """
     yield Finding("ok", "entmaxkv-vllm", f"{__version__}, Python {platform.python_version()}")
     yield from _torch()
@@ -58,7 +61,7 @@ def _torch() -> Iterator[Finding]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "GPU", ", ".join(names))
     else:
-        yield Finding("note", "GPU", "none: the PyTorch reference kernels serve on the CPU")
+        yield Finding("note", "GPU", "none")
 
 
 def _vllm() -> Finding:
@@ -104,6 +107,13 @@ def _platform() -> Finding:
     from vllm.platforms import current_platform
 
     name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    if current_platform.is_unspecified():
+        return Finding(
+            "fail",
+            "platform",
+            "vLLM's GPU build, but no GPU",
+            "in a fresh virtual environment, install vLLM's CPU build (make setup in a clone)",
+        )
     if current_platform.is_cpu() and name != CPU_PLATFORM_PATH:
         return Finding("fail", "platform", f"{name} cannot select {BACKEND}", "see the lines above")
     return Finding("ok", "platform", name)
@@ -134,7 +144,7 @@ def _command_line() -> Finding:
     return Finding("ok", "vllm command", f"vllm serve MODEL --attention-backend {BACKEND}")
 
 
-def _model(model: str, additional_config: str, hf_overrides: str) -> Iterator[Finding]:
+def _model(model: str, additional_config: Options, hf_overrides: Options) -> Iterator[Finding]:
     from vllm.engine.arg_utils import EngineArgs
 
     from entmaxkv_vllm.backend import check_engine
@@ -143,19 +153,19 @@ def _model(model: str, additional_config: str, hf_overrides: str) -> Iterator[Fi
         engine = EngineArgs(
             model=model,
             attention_backend=BACKEND,
-            additional_config=json.loads(additional_config),
-            hf_overrides=json.loads(hf_overrides),
+            additional_config=dict(additional_config),
+            hf_overrides=dict(hf_overrides),
         ).create_engine_config()
         config = check_engine(engine)
     except Exception as error:
         yield Finding("fail", "model", model, str(error))
         return
     yield Finding("ok", "model", f"{model} can be served with {BACKEND}")
-    for entry in config.describe().split(", "):
-        yield Finding("ok", "in force", entry)
+    for name in OPTIONS:
+        yield Finding("ok", "in force", config.describe(name))
 
 
-def run(model: str | None, additional_config: str, hf_overrides: str) -> int:
+def run(model: str | None, additional_config: Options, hf_overrides: Options) -> int:
     """Print the report; 0 if nothing stands in the way, 1 otherwise."""
     failures = 0
     for finding in diagnose(model, additional_config, hf_overrides):

@@ -8,29 +8,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from entmaxkv_kernels import (
-    Exact,
-    Gaussian,
-    PagedCache,
-    PageLayout,
-    Selector,
-    TopK,
-    append,
-    decode,
-    prefill,
-)
+from entmaxkv_kernels import Exact, PagedCache, append, decode, prefill, split_pages
 from entmaxkv_vllm import cache, telemetry
-from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig, from_vllm
+from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
 from entmaxkv_vllm.metadata import EntmaxKVMetadata
-
-
-def selector_of(config: EntmaxKVConfig) -> Selector:
-    """The kernels' selector for a configuration."""
-    if config.selector == "gaussian":
-        return Gaussian()
-    if config.selector == "topk":
-        return TopK(token_budget=config.token_budget)
-    return Exact()
 
 
 class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
@@ -58,17 +39,11 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     ) -> None:
         if logits_soft_cap:
             raise ConfigurationError(
-                "logits_soft_cap",
-                logits_soft_cap,
-                "is not supported by ENTMAXKV",
-                "serve this model with another attention backend",
+                "logits_soft_cap", logits_soft_cap, "is not supported by ENTMAXKV", OTHER_BACKEND
             )
         if extra:
             raise ConfigurationError(
-                "attention option",
-                sorted(extra),
-                "is not supported by ENTMAXKV",
-                "serve this model with another attention backend",
+                "attention option", sorted(extra), "is not supported by ENTMAXKV", OTHER_BACKEND
             )
         vllm_config = get_current_vllm_config()
         self.config = from_vllm(vllm_config)
@@ -86,8 +61,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.selector = selector_of(self.config)
-        self.layout: PageLayout = cache.page_layout(self.config, self.selector, head_size)
+        self.selector = cache.selector_of(self.config)
+        self.layout = cache.page_layout(self.config, head_size)
         self.shared_counters = telemetry.worker_counters(vllm_config)
         self.counters: torch.Tensor | None = None
         self._layer_index: int | None = None
@@ -109,7 +84,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             slot_mapping: [tokens] int64, block * page_size + offset; negative for padding.
         """
         tokens = slot_mapping.shape[0]
-        append(self.pages(kv_cache), key[:tokens], value[:tokens], slot_mapping)
+        append(self.pages(layer, kv_cache), key[:tokens], value[:tokens], slot_mapping)
 
     def forward(
         self,
@@ -132,7 +107,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         if attn_metadata is None:
             return output.fill_(0)
         index = self.index_of(layer)
-        paged = self.pages(kv_cache)
+        paged = self.pages(layer, kv_cache)
         if (rows := attn_metadata.decode) is not None:
             tokens = slice(rows.first_token, rows.last_token)
             counters = self._counters(index, query.device)
@@ -143,7 +118,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 rows.seq_lens,
                 scale=self.scale,
                 alpha=self.alpha,
-                selector=Exact() if index in self.config.dense_layers else self.selector,
+                selector=self.selector if paged.layout.statistics else Exact(),
                 alibi_slopes=self.alibi_slopes,
                 sliding_window=self.sliding_window,
                 exact_below=self.config.exact_below,
@@ -179,8 +154,11 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self.counters = torch.zeros_like(self.shared_counters[index], device=device)
         return self.counters
 
-    def pages(self, kv_cache: torch.Tensor) -> PagedCache:
+    def pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""
         if self._pages is None or self._kv_cache is not kv_cache:
-            self._kv_cache, self._pages = kv_cache, cache.views(kv_cache, self.layout)
+            pages = split_pages(kv_cache, self.layout)
+            if self.sliding_window or self.index_of(layer) in self.config.dense_layers:
+                pages = cache.without_statistics(pages)
+            self._kv_cache, self._pages = kv_cache, pages
         return self._pages

@@ -21,13 +21,22 @@ class Rows:
         first_token, last_token: their tokens are query[first_token:last_token].
         block_table: [sequences, max_pages] int32, kernel block ids.
         seq_lens: [sequences] int32, tokens in the cache after this step's append.
-        query_start_loc: [sequences + 1] int32, from the first of these tokens.
     """
 
     first_token: int
     last_token: int
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefillRows(Rows):
+    """Rows of several tokens each.
+
+    Attributes:
+        query_start_loc: [sequences + 1] int32, counted from the first of these tokens.
+    """
+
     query_start_loc: torch.Tensor
 
 
@@ -36,7 +45,7 @@ class EntmaxKVMetadata(AttentionMetadata):
     """Decode rows come first in the batch; either kind may be absent."""
 
     decode: Rows | None
-    prefill: Rows | None
+    prefill: PrefillRows | None
 
 
 class EntmaxKVMetadataBuilder(AttentionMetadataBuilder[EntmaxKVMetadata]):
@@ -61,23 +70,17 @@ class EntmaxKVMetadataBuilder(AttentionMetadataBuilder[EntmaxKVMetadata]):
         decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
             common, decode_threshold=1, treat_short_extends_as_decodes=False
         )
+        table, lengths = common.block_table_tensor, common.seq_lens
+        end, last_token = decodes + prefills, decode_tokens + prefill_tokens
         return EntmaxKVMetadata(
-            decode=_rows(common, 0, decodes, 0, decode_tokens),
-            prefill=_rows(
-                common, decodes, decodes + prefills, decode_tokens, decode_tokens + prefill_tokens
-            ),
+            decode=Rows(0, decode_tokens, table[:decodes], lengths[:decodes]) if decodes else None,
+            prefill=PrefillRows(
+                decode_tokens,
+                last_token,
+                table[decodes:end],
+                lengths[decodes:end],
+                common.query_start_loc[decodes : end + 1] - decode_tokens,
+            )
+            if prefills
+            else None,
         )
-
-
-def _rows(
-    common: CommonAttentionMetadata, first: int, last: int, first_token: int, last_token: int
-) -> Rows | None:
-    if first == last:
-        return None
-    return Rows(
-        first_token=first_token,
-        last_token=last_token,
-        block_table=common.block_table_tensor[first:last],
-        seq_lens=common.seq_lens[first:last],
-        query_start_loc=common.query_start_loc[first : last + 1] - first_token,
-    )

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from entmaxkv_kernels import Counter
+from entmaxkv_vllm.plugin import chosen_backends, is_entmaxkv
 from entmaxkv_vllm.telemetry import read_counters
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class EntmaxKVStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0) -> None:
         instance = self.instance_id = vllm_config.instance_id
+        if not any(map(is_entmaxkv, chosen_backends(vllm_config))):
+            return
         if instance not in self._registered:
             names = vllm_config.model_config.served_model_name
             name = names if isinstance(names, str) else names[0]
@@ -70,4 +73,5 @@ class EntmaxKVStatLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Count from here on."""
-        self._registered[self.instance_id].forget_warm_up()
+        if self.instance_id in self._registered:
+            self._registered[self.instance_id].forget_warm_up()

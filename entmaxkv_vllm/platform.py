@@ -1,14 +1,18 @@
 """vLLM on a machine without a GPU: its own CPU platform, which can also select ENTMAXKV."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from entmaxkv_vllm.plugin import BACKEND_PATH
+from entmaxkv_vllm.config import ALPHA_KEYS
+from entmaxkv_vllm.plugin import BACKEND_PATH, chosen_backends, is_entmaxkv
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.entmaxkv")
 
 _CpuPlatform: Any = resolve_obj_by_qualname(
     cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
@@ -27,24 +31,31 @@ class EntmaxKVCpuPlatform(_CpuPlatform):
         Raises:
             ValueError: if ENTMAXKV was selected but cannot serve this layer, with the reasons.
         """
-        if selected_backend is None or not _is_entmaxkv(selected_backend):
+        if not is_entmaxkv(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        from entmaxkv_vllm.backend import EntmaxKVBackend
+        from entmaxkv_vllm.backend import EntmaxKVBackend, refuse
 
-        reasons = EntmaxKVBackend.validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+        refuse(
+            EntmaxKVBackend.validate_configuration(
+                device_capability=None, **attn_selector_config._asdict()
+            )
         )
-        if reasons:
-            raise ValueError(f"ENTMAXKV cannot serve this model: {'; '.join(reasons)}")
         return BACKEND_PATH
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Validate ENTMAXKV's settings before any process starts, and use its page size."""
         super().check_and_update_config(vllm_config)
-        attention = vllm_config.attention_config
-        chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-        if vllm_config.model_config is None or not any(b and _is_entmaxkv(b) for b in chosen):
+        model = vllm_config.model_config
+        if model is None:
+            return
+        if not any(map(is_entmaxkv, chosen_backends(vllm_config))):
+            if any(getattr(model.hf_text_config, key, None) for key in ALPHA_KEYS):
+                logger.warning(
+                    "entmaxkv: %s was trained with entmax attention but is served with softmax; "
+                    "use --attention-backend ENTMAXKV",
+                    model.model,
+                )
             return
         from entmaxkv_vllm.backend import check_engine
 
@@ -52,7 +63,3 @@ class EntmaxKVCpuPlatform(_CpuPlatform):
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             cache.block_size = config.page_size
-
-
-def _is_entmaxkv(backend: Any) -> bool:
-    return backend.get_path() == BACKEND_PATH

@@ -1,7 +1,9 @@
 """A vLLM server as a child process, on a free loopback port, stopped cleanly at the end."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,14 +84,15 @@ class Server:
             self.stop()
 
     def stop(self) -> None:
-        """Ask the server to finish, and end its whole process group if it does not."""
+        """Ask the server to finish, then end whatever is left of its process group."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
+        shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def metrics(self) -> dict[str, float]:
         """This project's samples on /metrics, summed over labels, by name."""

@@ -5,10 +5,12 @@ kernels add to it. Reading it costs the worker nothing.
 """
 
 import atexit
+import contextlib
+import fcntl
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "entmaxkv"
 
 _mapped: dict[str, torch.Tensor] = {}
+_open_files: list[BinaryIO] = []
 
 
 def _folder() -> Path:
@@ -39,11 +42,15 @@ def worker_counters(vllm_config: "VllmConfig") -> torch.Tensor:
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         path = _folder() / f"{_PREFIX}-{instance}-{os.getpid()}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "r+b") as file:
-            file.write(bytes(layers * len(Counter) * 8))
-        table = np.memmap(path, dtype=np.int64, mode="r+", shape=(layers, len(Counter)))
-        _mapped[instance] = torch.from_numpy(table)
+        file = os.fdopen(descriptor, "r+b")
+        # The lock says that this file has a living owner; it ends with the process.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _open_files.append(file)
         atexit.register(path.unlink, missing_ok=True)
+        file.write(bytes(layers * len(Counter) * 8))
+        file.flush()
+        table = np.memmap(file, dtype=np.int64, mode="r+", shape=(layers, len(Counter)))
+        _mapped[instance] = torch.from_numpy(table)
     return _mapped[instance]
 
 
@@ -68,6 +75,7 @@ def engine_counters(llm: Any) -> dict[str, int]:
 def _remove_orphans() -> None:
     """Remove files of workers that were killed before they could do it themselves."""
     for path in _folder().glob(f"{_PREFIX}-*-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            path.unlink(missing_ok=True)
+        # Another user's file, or one that is locked because its worker lives, is left alone.
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

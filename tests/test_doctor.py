@@ -8,7 +8,7 @@ from entmaxkv_vllm import cli, doctor
 
 
 def findings(**arguments):
-    values = {"model": None, "additional_config": "{}", "hf_overrides": "{}"} | arguments
+    values = {"model": None, "additional_config": {}, "hf_overrides": {}} | arguments
     return {finding.subject: finding for finding in doctor.diagnose(**values)}
 
 
@@ -27,11 +27,41 @@ def test_the_configuration_in_force_is_shown_with_its_sources(tmp_path):
     lines = [
         str(finding)
         for finding in doctor.diagnose(
-            str(tmp_path), '{"entmaxkv": {"selector": "topk"}}', '{"entmax_alpha": 2}'
+            str(tmp_path),
+            {"entmaxkv": {"selector": "topk", "dense_layers": [0, 1]}},
+            {"entmax_alpha": 2},
         )
     ]
     assert any("alpha=2.0 (--hf-overrides)" in line for line in lines)
     assert any("selector=topk (--additional-config)" in line for line in lines)
+    assert any("dense_layers=(0, 1) (--additional-config)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--additional-config", "{"], "is not JSON", id="not-json"),
+        pytest.param(["--hf-overrides", "[1]"], "is not a JSON object", id="not-an-object"),
+        pytest.param(["--hf-overrides", '{"a": 1}'], "judged with a model", id="no-model"),
+    ],
+)
+def test_options_that_cannot_be_judged_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_build_without_a_gpu_is_a_failure(monkeypatch):
+    import vllm.platforms
+
+    class NoPlatform:
+        def is_unspecified(self):
+            return True
+
+    monkeypatch.setattr(vllm.platforms, "_current_platform", NoPlatform())
+    finding = doctor._platform()
+    assert finding.status == "fail"
+    assert "CPU build" in finding.remedy
 
 
 def test_a_model_that_cannot_be_served_is_a_failure_with_the_remedy(tmp_path, capsys):

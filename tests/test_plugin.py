@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -67,9 +68,7 @@ def test_vllm_finds_the_plugin_without_anyone_importing_it():
         "assert 'entmaxkv_vllm.backend' not in sys.modules, 'registration must stay light'\n"
         "assert 'entmaxkv_kernels' not in sys.modules, 'registration must stay light'\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == plugin.BACKEND_PATH
 
@@ -92,6 +91,46 @@ def test_with_a_gpu_the_platform_plugin_stays_out_of_the_way(monkeypatch):
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.0", "0.32.0+cpu"])
 def test_a_supported_vllm_is_accepted(found):
     compat.check_vllm_version(found)
+
+
+def run(code, **environment):
+    """A Python child process with its own vLLM; returns it with what it printed."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_an_unsupported_vllm_is_refused_when_the_backend_is_loaded_and_not_before():
+    child = run(
+        "from entmaxkv_vllm import compat\n"
+        "compat.vllm_distribution = lambda: ('vllm', '0.31.2')\n"
+        "import sys; sys.modules['vllm.v1.kv_cache_layout'] = None  # as an older vLLM would be\n"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
+        "print('registered'); AttentionBackendEnum['ENTMAXKV'].get_class()\n"
+    )
+    assert "registered" in child.stdout
+    assert "ImportError: entmaxkv: vLLM 0.31.2 is outside the supported range" in child.stderr
+
+
+def test_a_platform_setting_that_bypasses_the_plugin_is_refused_instead_of_serving_softmax():
+    child = run(
+        "from entmaxkv_vllm import plugin; plugin.register(); plugin.register()\n"
+        "from vllm.platforms import current_platform\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
+        "assert type(current_platform).__name__ != 'EntmaxKVCpuPlatform'\n"
+        "class Layer: use_sparse = use_mla = False\n"
+        "print(current_platform.get_attn_backend_cls(None, attn_selector_config=Layer))\n"
+        "current_platform.get_attn_backend_cls(AttentionBackendEnum['ENTMAXKV'], Layer)\n",
+        VLLM_TARGET_DEVICE="cpu",
+    )
+    assert "CPUAttentionBackend" in child.stdout
+    assert "ValueError: entmaxkv: VLLM_TARGET_DEVICE='cpu' makes vLLM pass over" in child.stderr
 
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.34.0", "1.0"])

@@ -67,7 +67,10 @@ def test_a_block_of_several_pages_is_accepted(start):
         pytest.param(LLAMA, {"options": {"selector": "top-k"}}, "'topk'", id="selector"),
         pytest.param(LLAMA, {"options": {"budget": 64}}, "'token_budget'", id="option"),
         pytest.param(
-            LLAMA, {"options": {"token_budget": 8}}, "less than one page", id="token-budget"
+            LLAMA,
+            {"options": {"selector": "topk", "token_budget": 8}},
+            "less than one page",
+            id="token-budget",
         ),
         pytest.param(LLAMA, {"options": {"page_size": 20}}, "page_size=20", id="page-size"),
         pytest.param(
@@ -82,15 +85,38 @@ def test_a_block_of_several_pages_is_accepted(start):
             "block_size=32 is not a multiple of entmaxkv's page_size 64",
             id="block-size",
         ),
-        pytest.param(LLAMA | {"head_dim": 48}, {}, "head_size=48 is not supported", id="head-size"),
         pytest.param(
-            LLAMA, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported", id="fp8-cache"
+            LLAMA | {"head_dim": 48},
+            {},
+            "head_size=48 not supported; s",
+            id="head-size",
+        ),
+        pytest.param(
+            LLAMA,
+            {"kv_cache_dtype": "fp8"},
+            "kv_cache_dtype=fp8 not supported",
+            id="fp8-cache",
         ),
         pytest.param(
             LLAMA,
             {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
             "kv_cache_dtype=bfloat16 differs from dtype=torch.float32",
             id="cache-of-another-type",
+        ),
+        pytest.param(
+            LLAMA | {"attention_chunk_size": 512},
+            {},
+            "attention_chunk_size=512 is not supported",
+            id="chunked-local-attention",
+        ),
+        pytest.param(
+            LLAMA,
+            {
+                "options": {"selector": "gaussian"},
+                "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
+            },
+            "speculative_config='ngram' verifies several tokens at once",
+            id="speculative-decoding-with-a-sparse-selector",
         ),
         pytest.param(GEMMA2, {}, "attn_logit_softcapping=50.0 is not supported", id="soft-cap"),
     ],
@@ -123,6 +149,18 @@ def test_every_way_to_select_the_backend_reaches_its_checks(start, selection):
 
 def test_another_backend_is_left_alone(start):
     assert start(LLAMA | {"entmax_alpha": 7}, attention_backend=None).cache_config.block_size == 128
+
+
+def test_a_model_trained_with_entmax_but_served_with_softmax_is_warned_about(start, caplog):
+    import logging
+
+    logger = logging.getLogger("vllm.entmaxkv")
+    logger.addHandler(caplog.handler)
+    try:
+        start(attention_backend=None)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "was trained with entmax attention but is served with softmax" in caplog.text
 
 
 def test_a_softmax_model_is_served_once_told_so(start):
@@ -187,14 +225,15 @@ def test_an_ordinary_decoder_layer_is_accepted(layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"dtype": torch.float64}, "dtype=torch.float64 is not", id="dtype"),
-        pytest.param({"head_size": 72}, "head_size=72 is not", id="head-size"),
+        pytest.param({"dtype": torch.float64}, "dtype=torch.float64 not", id="dtype"),
+        pytest.param({"head_size": 72}, "head_size=72 not", id="head-size"),
         pytest.param({"attn_type": "encoder"}, "attention type encoder", id="encoder"),
         pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="pooling"),
-        pytest.param({"use_mla": True}, "MLA attention is not supported", id="mla"),
-        pytest.param({"has_sink": True}, "attention sinks have no entmax", id="sinks"),
-        pytest.param({"use_dcp": True}, "decode context parallelism needs", id="decode-context"),
-        pytest.param({"use_pcp": True}, "prefill context parallelism needs", id="prefill-context"),
+        pytest.param({"use_mla": True}, "MLA not supported", id="mla"),
+        pytest.param({"has_sink": True}, "attention sinks not supported", id="sinks"),
+        pytest.param({"use_dcp": True}, "DCP not supported", id="decode-context"),
+        pytest.param({"use_pcp": True}, "PCP not supported", id="prefill-context"),
+        pytest.param({"use_kv_connector": True}, "KV connector not supported", id="connector"),
         pytest.param({"use_non_causal": True}, "non-causal attention not supported", id="causal"),
     ],
 )
@@ -202,8 +241,21 @@ def test_an_unsupported_layer_is_refused_with_its_reason_and_a_remedy(layer, cha
     from entmaxkv_vllm.backend import EntmaxKVBackend
 
     (reason,) = EntmaxKVBackend.validate_configuration(**layer | change)
-    assert message in reason
-    assert ";" in reason or ":" in reason
+    problem, _, remedy = reason.partition("; ")
+    assert message in problem
+    assert remedy.startswith(("use ", "leave ", "serve ", "supported are", "entmax has no"))
+
+
+def test_every_remedy_answers_a_reason_that_vllm_gives():
+    import inspect
+
+    from vllm.v1.attention.backend import AttentionBackend
+
+    from entmaxkv_vllm.backend import REMEDIES
+
+    source = inspect.getsource(AttentionBackend.validate_configuration)
+    for reason in REMEDIES:
+        assert f'"{reason}"' in source
 
 
 def test_the_cpu_platform_turns_reasons_into_one_error(layer):
@@ -218,7 +270,7 @@ def test_the_cpu_platform_turns_reasons_into_one_error(layer):
     chosen = AttentionBackendEnum["ENTMAXKV"]
     good = AttentionSelectorConfig(**layer)
     assert EntmaxKVCpuPlatform.get_attn_backend_cls(chosen, good) == plugin.BACKEND_PATH
-    with pytest.raises(ValueError, match="ENTMAXKV cannot serve this model: head_size=72"):
+    with pytest.raises(ValueError, match=r"cannot serve .*: head_size=72 not"):
         EntmaxKVCpuPlatform.get_attn_backend_cls(chosen, good._replace(head_size=72))
     other = EntmaxKVCpuPlatform.get_attn_backend_cls(None, good)
     assert other == AttentionBackendEnum.CPU_ATTN.get_path()

@@ -25,6 +25,12 @@ def test_a_server_that_cannot_start_is_a_failure_that_shows_why(tmp_path, capsys
     assert "the server stopped while starting" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", ["60", "100000000"], ids=["too-short", "too-long"])
+def test_a_text_of_impossible_length_is_a_failure_that_names_it(tokens, capsys):
+    assert cli.main(["demo", "--tokens", tokens]) == 1
+    assert f"--tokens {tokens}" in capsys.readouterr().err
+
+
 def test_a_right_answer_with_pages_left_unread_is_no_problem():
     assert demo.problems(TASK.answer, TASK, "gaussian", SPARSE) == []
 

@@ -1,0 +1,116 @@
+"""Each option does what it says inside a running engine."""
+
+import random
+
+import pytest
+import torch
+
+from entmaxkv_vllm import DEMO_MODEL
+from entmaxkv_vllm.retrieval import evaluation_tasks, needle_prompt
+from entmaxkv_vllm.telemetry import engine_counters, read_counters
+
+from .engines import engine, layers_of
+
+pytestmark = pytest.mark.engine
+
+TASKS = list(evaluation_tasks("codes", 4, 900, 4, seed=3))
+LAYERS = 4
+
+
+def ask(llm):
+    """Whether each task is answered right, in one ragged batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=64, stop="\n")
+    outputs = llm.generate([task.prompt for task in TASKS], sampling, use_tqdm=False)
+    return [t.is_correct(o.outputs[0].text) for t, o in zip(TASKS, outputs, strict=True)]
+
+
+def options(**values):
+    return {"entmaxkv": {"exact_below": 0} | values}
+
+
+@pytest.mark.parametrize(
+    ("settings", "page_size"),
+    [
+        pytest.param({"selector": "topk", "token_budget": 512}, 16, id="topk"),
+        pytest.param({"selector": "gaussian", "page_size": 32}, 32, id="page-of-32"),
+        pytest.param({"selector": "topk", "token_budget": 512, "page_size": 64}, 64, id="of-64"),
+    ],
+)
+def test_every_selector_and_page_size_answers_right_while_leaving_pages_unread(settings, page_size):
+    with engine(block_size=128, additional_config=options(**settings)) as llm:
+        assert all(ask(llm))
+        counters = engine_counters(llm)
+        assert all(layer.kv_cache.shape[2] == page_size for layer in layers_of(llm))
+    assert counters["sparse_steps"] == counters["steps"] > 0
+    assert counters["pages_read"] < counters["pages_held"]
+
+
+def test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date():
+    settings = options(selector="topk", token_budget=256, dense_layers=[0, 2])
+    with engine(additional_config=settings) as llm:
+        assert all(ask(llm))
+        steps, sparse = read_counters(llm.llm_engine.vllm_config.instance_id)[:, :2].T
+        layouts = [
+            layer.impl.pages(layer, layer.kv_cache).layout.statistics for layer in layers_of(llm)
+        ]
+    assert (steps == steps[0]).all()
+    assert sparse.tolist() == [0, steps[1], 0, steps[3]]
+    assert layouts == [(), ("minimum", "maximum"), (), ("minimum", "maximum")]
+
+
+def test_short_contexts_decode_exactly_below_the_limit_that_was_set():
+    with engine(additional_config=options(selector="gaussian", exact_below=1000)) as llm:
+        assert all(ask(llm))
+        assert engine_counters(llm)["sparse_steps"] == 0
+
+
+def test_half_precision_which_the_checkpoint_asks_for_answers_right():
+    with engine(dtype="auto", additional_config=options(selector="gaussian")) as llm:
+        assert layers_of(llm)[0].kv_cache.dtype == torch.bfloat16
+        assert all(ask(llm))
+
+
+def test_the_custom_name_serves_the_same_backend():
+    with engine(attention_backend="CUSTOM") as llm:
+        assert layers_of(llm)[0].get_attn_backend().get_name() == "ENTMAXKV"
+        assert all(ask(llm))
+
+
+def test_each_rank_of_a_tensor_parallel_group_takes_the_alphas_of_its_own_heads(monkeypatch):
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    from entmaxkv_vllm import impl
+
+    alphas = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
+    config = EngineArgs(
+        str(DEMO_MODEL), attention_backend="ENTMAXKV", hf_overrides={"entmax_alpha": alphas}
+    ).create_engine_config()
+    for rank in (0, 1):
+        monkeypatch.setattr(impl, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        with set_current_vllm_config(config):
+            layer = impl.EntmaxKVImpl(4, 64, 0.125, num_kv_heads=1)
+        assert layer.alpha == tuple(alphas[4 * rank : 4 * rank + 4])
+
+
+def next_token_logprobs(prompt, alphas):
+    """[vocabulary] after `prompt`, with one alpha for all heads or one for each."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    with engine(hf_overrides={"entmax_alpha": alphas}, max_logprobs=-1) as llm:
+        request = TokensPrompt(prompt_token_ids=prompt)
+        output = llm.generate([request], sampling, use_tqdm=False)[0].outputs[0]
+    return torch.tensor([output.logprobs[0][token].logprob for token in range(259)])
+
+
+def test_heads_with_alphas_of_their_own_attend_each_with_its_own(tokenizer):
+    prompt = tokenizer(needle_prompt(random.Random(5), tokens=400).prompt).input_ids
+    common = next_token_logprobs(prompt, 1.5)
+    spelled_out = next_token_logprobs(prompt, [1.5] * 8)
+    one_softmax_head = next_token_logprobs(prompt, [1.5] * 7 + [1.0])
+    torch.testing.assert_close(spelled_out, common, rtol=0, atol=1e-5)
+    assert (one_softmax_head - common).abs().max() > 1e-3

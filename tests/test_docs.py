@@ -1,0 +1,41 @@
+"""Numbers in the documentation are the ones in the raw data."""
+
+import json
+from pathlib import Path
+
+import measure_fidelity
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
+
+
+@pytest.fixture
+def result():
+    return json.loads((DOCS / "results" / "fidelity-demo-model.json").read_text())
+
+
+def test_the_fidelity_page_shows_its_result_file(result):
+    assert measure_fidelity.table(result) in (DOCS / "fidelity.md").read_text()
+
+
+def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):
+    assert {row["context"] for row in result["answers"]} == {2048, 4096, 8192}
+    for row in result["answers"]:
+        assert row["exact_right"] / row["tasks"] >= 0.95
+        assert (row["exact_right"] - row["gaussian_right"]) / row["tasks"] <= 0.02
+
+
+def test_gaussian_left_pages_unread_in_every_layer(result):
+    assert len(result["layers"]) == 4
+    for row in result["layers"]:
+        assert row["pages_read_mean"] < 0.75
+        assert row["dropped_mass_p99"] == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_of_the_project_leads_somewhere(page):
+    targets = [part.split(")")[0] for part in page.read_text().split("](")[1:]]
+    for target in targets:
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target).exists(), target
