@@ -9,7 +9,7 @@ from entmaxkv_vllm import DEMO_MODEL
 from entmaxkv_vllm.retrieval import evaluation_tasks, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters, read_counters
 
-from .engines import engine, layers_of
+from .engines import engine, layers_of, metric
 
 pytestmark = pytest.mark.engine
 
@@ -66,10 +66,34 @@ def test_short_contexts_decode_exactly_below_the_limit_that_was_set():
         assert engine_counters(llm)["sparse_steps"] == 0
 
 
-def test_half_precision_which_the_checkpoint_asks_for_answers_right():
-    with engine(dtype="auto", additional_config=options(selector="gaussian")) as llm:
-        assert layers_of(llm)[0].kv_cache.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("auto", torch.bfloat16), ("float16", torch.float16)],
+    ids=["what-the-checkpoint-asks-for", "float16"],
+)
+def test_half_precision_answers_right(dtype, stored):
+    with engine(dtype=dtype, additional_config=options(selector="gaussian")) as llm:
+        assert layers_of(llm)[0].kv_cache.dtype == stored
         assert all(ask(llm))
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC"])
+def test_every_declared_cache_layout_answers_right(layout, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    with engine(additional_config=options(selector="gaussian")) as llm:
+        strides = [layer.kv_cache.stride() for layer in layers_of(llm)]
+        assert all(ask(llm))
+    page = 16 * (2 + 2 / 16) * 64
+    block = {"LBHNC": 2 * page, "BLHNC": 4 * 2 * page, "BHLNC": 4 * 2 * page}[layout]
+    head = {"LBHNC": page, "BLHNC": page, "BHLNC": 4 * page}[layout]
+    assert all(stride[:2] == (block, head) for stride in strides)
+
+
+def test_speculative_decoding_answers_right_with_exact():
+    lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    with engine(speculative_config=lookup) as llm:
+        assert all(ask(llm))
+        assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
 
 
 def test_the_custom_name_serves_the_same_backend():
