@@ -158,7 +158,14 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         """This layer's keys, values and statistics in vLLM's cache tensor."""
         if self._pages is None or self._kv_cache is not kv_cache:
             pages = split_pages(kv_cache, self.layout)
-            if self.sliding_window or self.index_of(layer) in self.config.dense_layers:
+            if self._reads_every_page(layer):
                 pages = cache.without_statistics(pages)
             self._kv_cache, self._pages = kv_cache, pages
         return self._pages
+
+    def _reads_every_page(self, layer: AttentionLayer) -> bool:
+        indices = {self.index_of(layer)}
+        if self.kv_sharing_target_layer_name is not None:
+            # The statistics in a shared cache are kept by the layer that owns it.
+            indices.add(extract_layer_index(self.kv_sharing_target_layer_name))
+        return self.sliding_window is not None or not indices.isdisjoint(self.config.dense_layers)

@@ -59,11 +59,13 @@ def read_counters(instance_id: str) -> np.ndarray:
 
     Without any worker (none started yet, or none on this host): shape [0, len(Counter)].
     """
-    total = np.zeros((0, len(Counter)), dtype=np.int64)
+    tables = []
     for path in _folder().glob(f"{_PREFIX}-{instance_id}-*"):
-        table = np.fromfile(path, dtype=np.int64).reshape(-1, len(Counter))
-        total = table if not len(total) else total + table
-    return total
+        # A worker may end between the two lines, and its file with it.
+        with contextlib.suppress(FileNotFoundError):
+            tables.append(np.fromfile(path, dtype=np.int64).reshape(-1, len(Counter)))
+    started = [table for table in tables if len(table)]
+    return np.sum(started, axis=0) if started else np.zeros((0, len(Counter)), dtype=np.int64)
 
 
 def engine_counters(llm: Any) -> dict[str, int]:
