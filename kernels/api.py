@@ -1,24 +1,64 @@
-"""The public kernels: validate, then hand over to an implementation."""
+"""The public kernels: validate, then hand over to an implementation.
+
+`implementation` is `"reference"` (plain PyTorch, anywhere) or `"triton"` (compiled, fp16, bf16 and
+fp32; on a CPU only in Triton's interpreter). The reference is the default: the compiled kernels are
+tested in the interpreter, but on a GPU only an earlier revision of decode was.
+"""
 
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference as implementation
+from . import reference
 from .pages import PagedCache
 from .report import DecodeReport
 from .selectors import Selector
 from .validation import (
     check_append,
     check_attention,
+    check_compiled,
     check_decode,
     check_query_start_loc,
+    check_workspace,
     head_alpha,
 )
 
+IMPLEMENTATIONS = ("reference", "triton")
 
-def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+
+def _load(implementation: str, cache: PagedCache) -> Any:
+    """The module that computes for this cache."""
+    if implementation not in IMPLEMENTATIONS:
+        expected = " or ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation is {implementation!r}; expected {expected}")
+    if implementation == "reference":
+        return reference
+    check_compiled(cache)
+    # Triton is not needed, and not imported, by those who do not use it.
+    return import_module(".triton", __package__)
+
+
+def _scratch(implementation: str, workspace: Tensor | None, query: Tensor) -> dict[str, Tensor]:
+    """The workspace as an argument of an implementation that takes one."""
+    if workspace is None:
+        return {}
+    if implementation == "reference":
+        raise ValueError("workspace is given; expected None, the reference needs no scratch memory")
+    check_workspace(workspace, query)
+    return {"workspace": workspace}
+
+
+def append(
+    cache: PagedCache,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    implementation: str = "reference",
+) -> None:
     """Write new tokens into their slots and refresh the statistics of the pages they touch.
 
     The statistics of a touched page are recomputed from the page's own rows, from 0 to the last
@@ -32,7 +72,7 @@ def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) 
     Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device.
     """
     check_append(cache, key, value, slot_mapping)
-    implementation.append(cache, key, value, slot_mapping)
+    _load(implementation, cache).append(cache, key, value, slot_mapping)
 
 
 def prefill(
@@ -47,6 +87,8 @@ def prefill(
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    implementation: str = "reference",
 ) -> Tensor:
     """Dense causal attention of chunks of new tokens over everything before them.
 
@@ -65,6 +107,8 @@ def prefill(
     alibi_slopes: [query_heads] fp32.
     sliding_window: tokens a query sees, the last ones up to and with its own.
     out: [tokens, query_heads, head_size] to write to; tokens outside every chunk are left alone.
+    workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
+        `prefill_workspace_size` says; without it they allocate.
 
     Returns out, or a new tensor with zeros in tokens outside every chunk. Computed in fp32, or in
     fp64 for an fp64 cache. Raises TypeError or ValueError as `append` does, and for an alpha out
@@ -72,7 +116,7 @@ def prefill(
     """
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
     check_query_start_loc(query_start_loc, query, seq_lens)
-    return implementation.prefill(
+    return _load(implementation, cache).prefill(
         query,
         cache,
         block_table,
@@ -83,6 +127,7 @@ def prefill(
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window,
         out=torch.zeros_like(query) if out is None else out,
+        **_scratch(implementation, workspace, query),
     )
 
 
@@ -101,6 +146,8 @@ def decode(
     exact_below: int = 0,
     counters: Tensor | None = None,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    implementation: str = "reference",
 ) -> Tensor:
     """Attention of one new token per sequence over the pages that a selector chooses.
 
@@ -117,6 +164,8 @@ def decode(
     exact_below: sequences of at most this many tokens are decoded exactly.
     counters: [len(Counter)] int64, added to in place; see `Counter`.
     out: [B, query_heads, head_size] to write to.
+    workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
+        `decode_workspace_size` says; without it they allocate.
 
     Returns out, or a new tensor. Computed in fp32, or in fp64 for an fp64 cache. Raises TypeError
     or ValueError as `prefill` does, and for a selector that the cache has no statistics for.
@@ -124,7 +173,7 @@ def decode(
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
     alpha = head_alpha(alpha, query.shape[1], query.device)
     check_decode(query, cache, seq_lens, alpha, selector, exact_rows, counters)
-    return implementation.decode(
+    return _load(implementation, cache).decode(
         query,
         cache,
         block_table,
@@ -138,6 +187,7 @@ def decode(
         exact_below=exact_below,
         counters=counters,
         out=torch.empty_like(query) if out is None else out,
+        **_scratch(implementation, workspace, query),
     )
 
 
@@ -162,7 +212,7 @@ def analyze_decode(
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, None)
     alpha = head_alpha(alpha, query.shape[1], query.device)
     check_decode(query, cache, seq_lens, alpha, selector, exact_rows, None)
-    return implementation.analyze_decode(
+    return reference.analyze_decode(
         query,
         cache,
         block_table,

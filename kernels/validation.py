@@ -2,6 +2,7 @@
 naming the argument, what it was, and what was expected."""
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -159,6 +160,26 @@ def check_decode(
         _tensor("exact_rows", exact_rows, (batch,), (torch.bool,), device)
     if counters is not None:
         _tensor("counters", counters, (len(Counter),), (torch.int64,), device)
+
+
+def check_compiled(cache: PagedCache) -> None:
+    """What the compiled kernels ask of a cache beyond what the reference does."""
+    if cache.key.dtype == torch.float64:
+        raise TypeError(
+            "cache has dtype torch.float64; expected fp16, bf16 or fp32 for implementation 'triton'"
+        )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    _require(
+        cache.key.device.type != "cpu" or interpreted,
+        "cache",
+        "on the CPU",
+        "on a GPU for implementation 'triton'",
+    )
+
+
+def check_workspace(workspace: Tensor, query: Tensor) -> None:
+    _tensor("workspace", workspace, ("bytes",), (torch.uint8,), query.device)
+    _require(workspace.is_contiguous(), "workspace", "strided", "contiguous memory")
 
 
 def head_alpha(

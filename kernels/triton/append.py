@@ -1,0 +1,117 @@
+"""Writing new tokens into their pages, and keeping the pages' statistics, in one launch."""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pages import STATISTICS, PagedCache
+
+STD_FLOOR = tl.constexpr(1e-6)
+
+LONG_PROMPT = 1024
+"""More tokens than this in one call are mostly those of prompts."""
+
+
+@triton.jit
+def write_page(
+    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """Writes the new rows of the page of which token i_t is the last one, and its statistics.
+
+    New rows come from the tokens before it whose slots lead up to its own, older ones from the
+    cache, so that no program reads what another one writes.
+    """
+    o_r, o_d = tl.arange(0, P), tl.arange(0, DP)
+    m_d = (o_d < D)[None, :]
+    last = slot % P
+    back = last - o_r
+    o_token = i_t - back
+    leads = tl.load(p_slot + o_token, mask=(back >= 0) & (o_token >= 0), other=-1) == slot - back
+    newest_old = tl.max(tl.where((back >= 0) & ~leads, o_r, -1), 0)
+    m_new = ((o_r > newest_old) & (back >= 0))[:, None] & m_d
+
+    o_page = (slot // P) * s_page + i_h * s_head
+    o_row = o_page + o_r[:, None] * D + o_d[None, :]
+    o_key = i_h * s_key_head + o_token[:, None] * s_key_token + o_d[None, :]
+    o_value = i_h * s_value_head + o_token[:, None] * s_value_token + o_d[None, :]
+    b_key = tl.load(p_key + o_key, mask=m_new, other=0.0)  # [P, DP]
+    tl.store(p_cache_key + o_row, b_key, mask=m_new)
+    tl.store(p_cache_value + o_row, tl.load(p_value + o_value, mask=m_new), mask=m_new)
+    if STATISTICS > 0:
+        b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
+        b_key = tl.where(m_new, b_key, b_old).to(tl.float32)  # [P, DP]
+        m_row = (back >= 0)[:, None]
+        if STATISTICS == 1:
+            count = (last + 1).to(tl.float32)
+            b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
+            b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
+            variance = tl.sum(b_deviation * b_deviation, 0) / count
+            b_second = tl.maximum(tl.sqrt(variance), STD_FLOOR)
+        else:
+            b_first = tl.min(tl.where(m_row, b_key, float("inf")), 0)
+            b_second = tl.max(tl.where(m_row, b_key, -float("inf")), 0)
+        p_first = p_statistics + o_page + o_d
+        tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
+        tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def append_kernel(
+    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, tokens,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
+
+    It is the last one when the page is full or the next token is not the next slot.
+    """
+    i_h = tl.program_id(1).to(tl.int64)
+    for i in range(TOKENS):
+        i_t = tl.program_id(0).to(tl.int64) * TOKENS + i
+        slot = tl.load(p_slot + i_t, mask=i_t < tokens, other=-1)
+        following = tl.load(p_slot + i_t + 1, mask=i_t + 1 < tokens, other=-1)
+        if (slot >= 0) & ((slot % P == P - 1) | (following != slot + 1)):
+            write_page(
+                p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
+                s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+                D, DP, P, STATISTICS,
+            )  # fmt: skip
+
+
+def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    """See `entmaxkv_kernels.append`; fp16, bf16 and fp32.
+
+    The rows of one page that a call writes have to be neighbours in the call, in the order of
+    their slots, as the tokens of one sequence are.
+    """
+    tokens, kv_heads, head_size = key.shape
+    if tokens == 0:
+        return
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    # A decode step has a page per token; a long prompt has one in page_size.
+    block = 1 if tokens <= LONG_PROMPT else cache.layout.page_size
+    padded = triton.next_power_of_2(head_size)
+    append_kernel[(triton.cdiv(tokens, block), kv_heads)](
+        key,
+        value,
+        slot_mapping,
+        cache.key,
+        cache.value,
+        cache.statistics,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *cache.key.stride()[:2],
+        tokens,
+        D=head_size,
+        DP=padded,
+        P=cache.layout.page_size,
+        STATISTICS=STATISTICS.index(cache.layout.statistics),
+        TOKENS=block,
+        num_warps=max(4, cache.layout.page_size * padded // 1024),
+    )

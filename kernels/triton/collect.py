@@ -1,0 +1,176 @@
+"""The candidates of entmax decoding: tokens whose scores exceed a guessed threshold.
+
+A strided sample of the keys is scored, a lower threshold guessed from it for every query head, and
+all keys are read once; those above the guess are listed. The guess is proved later: where the
+listed tokens alone have a mass of at least one above it, it lies below the true threshold, so
+that no token of the support is missing from the list.
+"""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .entmax import head_parameters, newton_step, norm, sum_moments
+from .scores import (
+    count_pages,
+    load_pages,
+    load_queries,
+    load_rows,
+    load_scales,
+    page_source,
+    score_rows,
+)
+
+# Mass above the guess that the sample is made to show: more gives longer lists, less failures.
+GUESSED_MASS = tl.constexpr(2.5)
+# Sampled scores above this rank among the maxima of PEAK_TOKENS are taken for exceptions, which
+# do not stand for others.
+EXCEPTIONS = tl.constexpr(4)
+PEAK_TOKENS = tl.constexpr(128)
+GUESS_STEPS = tl.constexpr(3)
+
+
+@triton.jit
+def sample_kernel(
+    p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
+    p_sample,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, store_below,
+    scale, factor, exponent,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, M: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Scores M evenly spaced tokens of a row, the newest among them.
+
+    Rows of at most `store_below` tokens need no guess.
+    """
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_b * HKV + i_h
+    n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    p_pages, first, entries = page_source(
+        p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
+        P, WINDOW, LISTED,
+    )  # fmt: skip
+    if entries * P <= store_below:
+        return
+    o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
+    b_scale, b_slope, _ = load_scales(
+        p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
+    )
+    b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+    # Single tokens rather than whole pages: the scores inside a page resemble each other.
+    o_m = i_m * BN + o_n
+    tokens = entries * P - ((n + P - 1) // P * P - n)
+    o_token = (o_m.to(tl.int64) * (tokens - 1) // (M - 1)).to(tl.int32)
+    b_page, b_logical = load_pages(p_pages, o_token // P, first, entries, list_stride, LISTED)
+    p_k = p_key + i_h.to(tl.int64) * s_head
+    b_k = load_rows(p_k, b_page, o_token, o_d, s_page, D, P)  # [BN, DP]
+    b_z = score_rows(b_k, b_q, b_logical, o_token, n, window, b_scale, b_slope, P, WINDOW, ALIBI)
+    p_s = p_sample + (i_row * G + o_g)[None, :].to(tl.int64) * M + o_m[:, None]
+    tl.store(p_s, b_z, mask=(o_g < G)[None, :])
+
+
+@triton.jit
+def guess_kernel(
+    p_listed_count, p_seq_lens, p_alpha, p_sample, p_guess, window, store_below,
+    factor, exponent,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Guesses a threshold for one query head, -inf where every score is to be stored."""
+    i_hq, i_b = tl.program_id(0), tl.program_id(1)
+    i_row = i_b * HKV + i_hq // G
+    n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    _, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED)
+    guess = -float("inf")
+    if entries * P > store_below:
+        _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+        b_z = tl.load(p_sample + (i_b * HKV * G + i_hq).to(tl.int64) * M + tl.arange(0, M))
+        b_peak = tl.max(tl.reshape(b_z, [M // PEAK_TOKENS, PEAK_TOKENS]), 1)  # [M / PEAK_TOKENS]
+        o_p = tl.arange(0, M // PEAK_TOKENS)
+        earlier = (b_peak[None, :] == b_peak[:, None]) & (o_p[None, :] < o_p[:, None])
+        rank = tl.sum(((b_peak[None, :] > b_peak[:, None]) | earlier).to(tl.int32), 1)
+        clip = tl.max(tl.where(rank >= EXCEPTIONS, b_peak, -float("inf")), 0)
+        peak = tl.max(b_peak, 0)
+        clip = tl.where(clip > -float("inf"), clip, peak)
+        mass = tl.minimum(GUESSED_MASS * M / (entries * P).to(tl.float32), 1.0)
+        root = norm(mass, b, ORDER)
+        b_z = tl.minimum(b_z, clip)
+        guess = clip - norm(mass / (EXCEPTIONS + 1), b, ORDER)
+        for _ in range(GUESS_STEPS):
+            above, slope = sum_moments(b_z, guess, b, ORDER)
+            guess += newton_step(above, slope, root, b, ORDER)
+        guess = tl.maximum(guess, peak - 1.0)
+    tl.store(p_guess + i_b * HKV * G + i_hq, guess)
+
+
+@triton.jit
+def collect_kernel(
+    p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
+    p_slot, p_score, p_count, p_maximum,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity,
+    scale, factor, exponent,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, GUESSED: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Lists slot and scores of the tokens of one split that any head of the group may need.
+
+    Writes per split the number of candidates, which may exceed the capacity of the list, and
+    per head the largest of all scores.
+    """
+    i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_b * HKV + i_h
+    n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    p_pages, first, entries = page_source(
+        p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
+        P, WINDOW, LISTED,
+    )  # fmt: skip
+    o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
+    m_g = o_g < G
+    b_scale, b_slope, _ = load_scales(
+        p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
+    )
+    b_guess = tl.where(m_g, -float("inf"), float("inf"))
+    if GUESSED:
+        b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_g, other=float("inf"))
+    b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+    p_k = p_key + i_h.to(tl.int64) * s_head
+
+    own = (i_row * S + i_s).to(tl.int64)
+    p_slot += own * capacity
+    p_score += own * G * capacity
+    b_maximum = tl.full([BN, GP], -float("inf"), tl.float32)
+    count = 0
+    PAGES: tl.constexpr = BN // P
+    tiles = (entries + PAGES - 1) // PAGES
+    # The pages of the next tile are loaded one tile ahead: a load that waits for another one
+    # in the same iteration would take the stages of the pipeline.
+    b_next, b_next_logical = load_pages(
+        p_pages, i_s * PAGES + o_n // P, first, entries, list_stride, LISTED
+    )
+    for i_t in tl.range(i_s, tiles, S, num_stages=STAGES):
+        b_page, b_logical = b_next, b_next_logical
+        b_next, b_next_logical = load_pages(
+            p_pages, (i_t + S) * PAGES + o_n // P, first, entries, list_stride, LISTED
+        )
+        b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
+        b_z = score_rows(
+            b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
+        )  # [BN, GP]
+        b_maximum = tl.maximum(b_maximum, b_z)
+        # Not "greater": a NaN is kept, and shows in the output.
+        m_kept = 1 - tl.min((b_z <= b_guess[None, :]).to(tl.int32), 1)  # [BN]
+        kept = tl.sum(m_kept, 0)
+        if kept > 0:
+            position = count + tl.cumsum(m_kept, 0) - m_kept
+            m_listed = (m_kept > 0) & (position < capacity)
+            tl.store(p_slot + position, (b_page * P + o_n % P).to(tl.int32), mask=m_listed)
+            p_z = p_score + o_g[None, :] * capacity + position[:, None]
+            tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
+        count += kept
+    tl.store(p_count + own, count)
+    tl.store(p_maximum + own * G + o_g, tl.max(b_maximum, 0), mask=m_g)

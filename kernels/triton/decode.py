@@ -1,0 +1,246 @@
+"""One decode step: the launches, in their order."""
+
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..pages import PagedCache
+from ..reference.entmax import exponent, score_factor
+from ..selectors import Exact, Gaussian, Selector, TopK
+from .collect import collect_kernel, guess_kernel, sample_kernel
+from .gaussian import cut_kernel, model_kernel, reach_kernel
+from .pages import box_distance_kernel, box_kernel, list_kernel, search_kernel
+from .softmax import softmax_combine_kernel, softmax_kernel
+from .threshold import PASSES, RESIDENT, TRIALS, bracket_kernel, threshold_kernel
+from .values import combine_kernel, values_kernel
+from .workspace import STORE_BELOW, Shape, processors
+
+
+def decode(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    alpha: float | Tensor,
+    selector: Selector,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    exact_rows: Tensor | None,
+    exact_below: int,
+    counters: Tensor | None,
+    out: Tensor,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """See `entmaxkv_kernels.decode`; fp16, bf16 and fp32.
+
+    workspace: [bytes] uint8, contiguous, at least what `decode_workspace_size` says for speed; its
+        content does not matter. Without it the step allocates one.
+
+    Raises ValueError for a workspace that is too small.
+    """
+    if len(query) == 0:
+        return out
+    if sliding_window is not None:
+        selector = Exact()  # every page inside the window is read
+    shape = step_shape(query, cache, block_table, selector, exact_rows is not None, exact_below)
+    if workspace is None:
+        workspace = torch.empty(shape.good_size, dtype=torch.uint8, device=query.device)
+    if workspace.numel() < shape.least_size:
+        raise ValueError(
+            f"workspace has {workspace.numel()} bytes; expected at least {shape.least_size}"
+        )
+    capacity = shape.capacity(workspace.numel())
+    tile, splits = shape.tile, shape.splits
+    store_below = min(STORE_BELOW, capacity // tile * tile * splits)
+    b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
+    arguments = {
+        **{f"p_{name}": part for name, part in shape.divide(workspace, capacity).items()},
+        "p_query": query,
+        "p_key": cache.key,
+        "p_value": cache.value,
+        "p_statistics": cache.statistics,
+        "p_block_table": block_table,
+        "p_seq_lens": seq_lens,
+        "p_exact_rows": exact_rows,
+        "p_alpha": alpha if isinstance(alpha, Tensor) else None,
+        "p_slopes": alibi_slopes,
+        "p_out": out,
+        "p_counters": counters,
+        "s_query_b": query.stride(0),
+        "s_query_h": query.stride(1),
+        "s_out_b": out.stride(0),
+        "s_out_h": out.stride(1),
+        "s_page": cache.key.stride(0),
+        "s_head": cache.key.stride(1),
+        "s_block_table": block_table.stride(0),
+        "list_stride": shape.page_stride,
+        "page_stride": shape.page_stride,
+        "window": sliding_window or 0,
+        "exact_below": exact_below,
+        "capacity": capacity,
+        "store_below": store_below,
+        "scale": scale,
+        "factor": 1.0 if isinstance(alpha, Tensor) else score_factor(alpha),
+        "exponent": b,
+        "HKV": shape.kv_heads,
+        "G": shape.group,
+        "GP": shape.padded_group,
+        "D": shape.head_size,
+        "DP": shape.padded_head_size,
+        "P": shape.page_size,
+        "S": splits,
+        "SP": triton.next_power_of_2(splits),
+        "BN": tile,
+        "M": shape.sample,
+        "GUESSED": shape.max_read > store_below,
+        "WINDOW": sliding_window is not None,
+        "LISTED": shape.listed,
+        "ALIBI": alibi_slopes is not None,
+        "EXACT_ROWS": exact_rows is not None,
+        "COUNT": counters is not None,
+        "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
+        "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
+    }
+    arguments = {"p_listed": None, "p_listed_count": None, "p_found": None} | arguments
+    if not isinstance(selector, Exact):
+        _list_pages(shape, selector, arguments)
+    if isinstance(alpha, Tensor) or alpha == 1:
+        _attend_softmax(shape, arguments)
+    if isinstance(alpha, Tensor) or alpha > 1:
+        _attend(shape, arguments)
+    return out
+
+
+def step_shape(
+    query: Tensor,
+    cache: PagedCache,
+    block_table: Tensor,
+    selector: Selector,
+    has_exact_rows: bool,
+    exact_below: int,
+) -> Shape:
+    """What the launches of a step depend on."""
+    kv_heads, page_size = cache.key.shape[1:3]
+    budget = None
+    if isinstance(selector, TopK) and not has_exact_rows:
+        budget = max(selector.token_budget // page_size * page_size + page_size, exact_below)
+    return Shape(
+        len(query),
+        query.shape[1],
+        kv_heads,
+        query.shape[2],
+        page_size,
+        query.dtype,
+        block_table.shape[1] * page_size,
+        processors(query.device),
+        selector.name,
+        budget,
+    )
+
+
+def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, Any]) -> None:
+    """Choose the pages of every row and list them."""
+    splits = shape.page_splits
+    arguments = arguments | {
+        "S": splits,
+        "SP": triton.next_power_of_2(splits),
+        "BP": shape.page_tile,
+        "BR": 256,
+        "STAGES": 3,
+    }
+    rows = (splits, shape.kv_heads, shape.batch)
+    if isinstance(selector, TopK):
+        _launch(box_kernel, rows, arguments)
+        _launch(box_distance_kernel, rows, arguments)
+    else:
+        normal, root = NormalDist(), 1 / shape.page_size
+        precision = "ieee" if shape.dtype == torch.float32 else "tf32"
+        _launch(model_kernel, rows, arguments, PRECISION=precision, num_warps=_warps(shape))
+        _launch(
+            cut_kernel,
+            (shape.query_heads, shape.batch),
+            arguments,
+            narrow_spread=selector.narrow_spread,
+            safety=selector.safety,
+            narrow_safety=selector.narrow_safety,
+            quantile=normal.inv_cdf(selector.quantile**root),
+            narrow_quantile=normal.inv_cdf(selector.narrow_quantile**root),
+            excess_fraction=selector.excess_fraction,
+            excess_deviations=selector.excess_deviations,
+            num_warps=8 if arguments["ALIBI"] else 1,
+        )
+        _launch(reach_kernel, rows, arguments)
+    block = min(2048, triton.next_power_of_2(shape.page_stride))
+    searched = isinstance(selector, TopK)
+    if isinstance(selector, TopK):
+        budget = selector.token_budget // shape.page_size
+        _launch(search_kernel, rows[1:], arguments, budget=budget, BL=2 * block, num_warps=8)
+    chunks = -(-shape.max_pages // block)
+    chunk = -(-chunks // splits) * block
+    rows = (-(-shape.max_pages // chunk), *rows[1:])
+    _launch(list_kernel, rows, arguments, chunk=chunk, BL=block, SEARCHED=searched)
+
+
+def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
+    """Entmax attention over the pages of the block table, or over those that were listed."""
+    rows = (shape.splits, shape.kv_heads, shape.batch)
+    heads = (shape.query_heads, shape.batch)
+    guessed, splits = arguments["GUESSED"], arguments["SP"]
+    if guessed:
+        tiles = (shape.sample // shape.tile, *rows[1:])
+        _launch(sample_kernel, tiles, arguments, num_warps=_warps(shape))
+        _launch(guess_kernel, heads, arguments, num_warps=8)
+    _launch(collect_kernel, rows, arguments, STAGES=2)
+    # Powers by logarithms take registers from the candidates.
+    resident = RESIDENT if arguments["ORDER"] else RESIDENT // 2
+    resident = min(resident, triton.next_power_of_2(arguments["capacity"]) * splits)
+    warps = max(4, min(16, resident // 512))
+    _launch(
+        threshold_kernel,
+        heads,
+        arguments,
+        J=resident // splits,
+        J2=max(1, warps * 512 // splits),
+        LONG=arguments["capacity"] > resident // splits,
+        num_warps=warps,
+    )
+    if guessed:
+        tile = max(32, shape.page_size)
+        warps = max(4, tile * shape.padded_group * TRIALS.value // 2048)
+        for number in range(PASSES.value):
+            _launch(bracket_kernel, rows, arguments, PASS=number, BN=tile, num_warps=warps)
+    _launch(
+        values_kernel,
+        rows,
+        arguments,
+        GC=triton.next_power_of_2(shape.group),
+        GA=16,
+        BC=256,
+        BN=64,
+        STAGES=2,
+        num_warps=_warps(shape),
+    )
+    _launch(combine_kernel, heads, arguments)
+
+
+def _attend_softmax(shape: Shape, arguments: dict[str, Any]) -> None:
+    """The same for heads of alpha = 1."""
+    rows = (shape.splits, shape.kv_heads, shape.batch)
+    _launch(softmax_kernel, rows, arguments, BN=64, STAGES=2, num_warps=_warps(shape))
+    _launch(softmax_combine_kernel, (shape.query_heads, shape.batch), arguments)
+
+
+def _warps(shape: Shape) -> int:
+    """Warps of a program that holds tiles of rows: rows of more than 512 bytes take more."""
+    return 8 if shape.padded_head_size * shape.dtype.itemsize > 512 else 4
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
+    """Launch a kernel with those of the arguments that it has."""
+    own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    kernel[grid](**{**own, **options})

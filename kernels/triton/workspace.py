@@ -1,0 +1,211 @@
+"""How a decode step is divided over the chip, and the scratch memory that it needs."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..selectors import Selector
+from .threshold import PASSES, TRIALS
+
+STORE_BELOW = 16384
+"""Sequences of at most this many tokens store all scores: no guess costs less than none."""
+
+CAPACITY_FRACTION = 8
+"""Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
+
+_MOST_SPLITS = 256
+_ALIGNMENT = 256
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; as many as an H200 has for one that is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the launches of a decode step depend on; lengths of sequences are not among it.
+
+    max_tokens: the longest sequence that the block table can hold.
+    selector: name of the rule that chooses the pages to read.
+    budget: tokens that are read at most; None if there is no bound.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    page_size: int
+    dtype: torch.dtype
+    max_tokens: int
+    processors: int
+    selector: str = "exact"
+    budget: int | None = None
+
+    @property
+    def listed(self) -> bool:
+        return self.selector != "exact"
+
+    @property
+    def max_read(self) -> int:
+        return self.max_tokens if self.budget is None else min(self.max_tokens, self.budget)
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    @property
+    def padded_head_size(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_size))
+
+    @property
+    def padded_group(self) -> int:
+        """Columns of a score tile; matrix products take at least 8."""
+        return max(8, triton.next_power_of_2(self.group))
+
+    @property
+    def tile(self) -> int:
+        """Tokens whose keys are scored together: 32 KiB of keys, but whole pages."""
+        return 128 if self.padded_head_size * self.dtype.itemsize <= 256 else 64
+
+    @property
+    def page_tile(self) -> int:
+        """Pages whose statistics are scored together: 32 KiB of statistics, at most 64 pages."""
+        return max(16, min(64, (1 << 14) // (self.padded_head_size * self.dtype.itemsize)))
+
+    @property
+    def splits(self) -> int:
+        """Programs per sequence and KV head: one wave in all, and a tile for each."""
+        return min(self._programs(4), -(-self.max_read // self.tile))
+
+    @property
+    def page_splits(self) -> int:
+        """The same for the scores of pages."""
+        return min(self._programs(2), -(-self.max_pages // self.page_tile))
+
+    def _programs(self, per_processor: int) -> int:
+        programs = per_processor * self.processors // (self.batch * self.kv_heads)
+        if programs > 64:
+            programs = 1 << (programs.bit_length() - 1)
+        return max(1, min(programs, _MOST_SPLITS))
+
+    @property
+    def sample(self) -> int:
+        """Tokens that the guess of a threshold samples."""
+        return 4096 if self.max_read >= 1 << 17 else 2048
+
+    @property
+    def max_pages(self) -> int:
+        return -(-self.max_tokens // self.page_size)
+
+    @property
+    def page_stride(self) -> int:
+        """Places for the pages of a row, a multiple of 16."""
+        return -(-self.max_pages // 16) * 16
+
+    def fields(self, capacity: int) -> dict[str, tuple[torch.dtype, int]]:
+        """Elements of each part of the workspace, with lists of `capacity` per split."""
+        rows = self.batch * self.kv_heads
+        heads, own = self.batch * self.query_heads, rows * self.splits
+        page_own = rows * self.page_splits * self.group
+        fields = {
+            "sample": (torch.float32, heads * self.sample),
+            "guess": (torch.float32, heads),
+            "count": (torch.int32, own),
+            "maximum": (torch.float32, own * self.group),
+            "tau": (torch.float32, heads),
+            "failed": (torch.int32, heads),
+            "bracket": (torch.float32, PASSES.value * rows * 2 * self.padded_group),
+            "mass": (torch.float32, PASSES.value * own * self.padded_group * TRIALS.value),
+            "partial": (torch.float32, heads * self.splits * self.head_size),
+            "total": (torch.float32, heads * self.splits),
+            "support": (torch.int32, own * self.group),
+            "slot": (torch.int32, own * capacity),
+            "score": (torch.float32, own * self.group * capacity),
+        }
+        if self.listed:
+            fields |= {
+                "listed": (torch.int32, rows * 2 * self.page_stride),
+                "listed_count": (torch.int32, rows),
+                "reach": (torch.float32, heads * self.page_stride),
+                "distance": (torch.int32, rows * self.page_stride),
+            }
+        if self.selector == "topk":
+            fields |= {
+                "page_maximum": (torch.float32, page_own),
+                "found": (torch.int32, rows * 2),
+            }
+        if self.selector == "gaussian":
+            fields |= {
+                "deviation": (torch.float32, heads * self.page_stride),
+                "model": (torch.float32, page_own * 4),
+                "cut": (torch.float32, heads * 2),
+            }
+        return fields
+
+    def size(self, capacity: int) -> int:
+        """Bytes of a workspace with lists of `capacity` per split."""
+        sizes = (dtype.itemsize * count for dtype, count in self.fields(capacity).values())
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+    @property
+    def least_size(self) -> int:
+        return self.size(16)
+
+    @property
+    def good_size(self) -> int:
+        """Bytes with which failures of the lists are rare."""
+        places = min(self.max_read, STORE_BELOW)
+        places += max(0, self.max_read - STORE_BELOW) // CAPACITY_FRACTION
+        tiles = -(-places // (self.splits * self.tile))
+        return self.size(tiles * self.tile)
+
+    def capacity(self, size: int) -> int:
+        """Places in the list of each split that a workspace of `size` bytes allows."""
+        entry = 4 * self.batch * self.kv_heads * self.splits * (1 + self.group)
+        tiles = -(-self.max_read // (self.splits * self.tile))
+        capacity = 16 + max(0, size - self.least_size) // entry // 16 * 16 + 16
+        capacity = min(capacity, max(1, tiles) * self.tile)
+        while self.size(capacity) > size:  # the parts are aligned
+            capacity -= 16
+        return capacity
+
+    def divide(self, workspace: Tensor, capacity: int) -> dict[str, Tensor]:
+        """The parts of a workspace, by name."""
+        parts, start = {}, 0
+        for name, (dtype, count) in self.fields(capacity).items():
+            size = dtype.itemsize * count
+            parts[name] = workspace[start : start + size].view(dtype)
+            start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return parts
+
+
+def decode_workspace_size(
+    batch: int,
+    query_heads: int,
+    kv_heads: int,
+    head_size: int,
+    page_size: int,
+    dtype: torch.dtype,
+    max_tokens: int,
+    *,
+    selector: Selector,
+    device: torch.device | str = "cuda",
+) -> int:
+    """Bytes of a workspace with which `decode` is fast, for batches of up to `batch` sequences.
+
+    max_tokens: columns of the block table times page_size. Less is enough for a right result, as
+    long as `decode` does not refuse it; it then reads keys again more often.
+    """
+    chip = processors(torch.device(device))
+    heads = (query_heads, kv_heads, head_size, page_size)
+    return max(
+        Shape(size, *heads, dtype, max_tokens, chip, selector.name).good_size
+        for size in range(1, batch + 1)
+    )

@@ -1,0 +1,305 @@
+"""Time decode beside FlashAttention-3 on one GPU, in one run, and write docs/results/decode-*.json.
+
+Both arms read the same keys and values through shuffled block tables, as CUDA graphs over rotating
+sets of pages that exceed the L2 cache; replays of the two arms alternate. FlashAttention-3 is
+vLLM's, on a cache in its own order (tokens outside heads), which it reads fastest.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entmaxkv_kernels import (
+    Counter,
+    Exact,
+    PagedCache,
+    PageLayout,
+    Selector,
+    TopK,
+    allocate_pages,
+    append,
+    decode,
+    split_pages,
+)
+from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
+from entmaxkv_kernels.triton import decode_workspace_size
+
+PAGE_SIZE = 16
+POOL_TOKENS = 1 << 20
+REPLAYS = 15
+SHAPES = {
+    "GQA, D 128": (32, 8, 128, 1, (8192, 32768, 131072, 524288, 1048576)),
+    "GQA, D 64": (32, 8, 64, 1, (8192, 32768, 131072, 524288, 1048576)),
+    "MHA, D 128": (8, 8, 128, 1, (8192, 32768, 131072, 524288)),
+    "batch 8": (32, 8, 128, 8, (32768,)),
+    "batch 32": (32, 8, 128, 32, (8192,)),
+}
+"""Query heads, KV heads, head size, batch, contexts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table; `support` is the mean share of tokens with weight, per query head."""
+
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    batch: int
+    context: int
+    support: float
+
+    @property
+    def sets(self) -> int:
+        """How many sets of pages the pool holds."""
+        return max(1, POOL_TOKENS // (self.batch * self.context))
+
+
+def clustered_keys(tokens: int, kv_heads: int, head_size: int) -> torch.Tensor:
+    """Keys [tokens, kv_heads, head_size] of topics that last some 128 tokens, with noise.
+
+    Half of the variance is a topic's, drawn from 64 recurring ones per head; half is the token's.
+    """
+    topics = torch.randn(64, kv_heads, head_size, device="cuda")
+    changes = torch.rand(tokens, device="cuda") < 1 / 128
+    segment = changes.cumsum(0)
+    topic_of = torch.randint(64, (int(segment[-1]) + 1,), device="cuda")
+    keys = topics[topic_of[segment]] + torch.randn(tokens, kv_heads, head_size, device="cuda")
+    return keys * 0.5**0.5
+
+
+def fill(pages: PagedCache, data: str) -> None:
+    """Write POOL_TOKENS keys and values into the pages, in chunks."""
+    kv_heads, head_size = pages.key.shape[1], pages.layout.head_size
+    chunk = 1 << 16
+    for start in range(0, POOL_TOKENS, chunk):
+        shape = (chunk, kv_heads, head_size)
+        key = clustered_keys(*shape) if data == "clustered" else torch.randn(shape, device="cuda")
+        value = torch.randn(shape, device="cuda")
+        slots = torch.arange(start, start + chunk, device="cuda")
+        dtype = pages.key.dtype
+        append(pages, key.to(dtype), value.to(dtype), slots, implementation="triton")
+
+
+def calibrated_queries(case: Case, pages: PagedCache, tables: torch.Tensor) -> torch.Tensor:
+    """Random queries [sets, batch, query_heads, head_size], scaled for the wanted support.
+
+    The scale is found by bisection on the first sequence and KV head.
+    """
+    shape = (case.sets, case.batch, case.query_heads, case.head_size)
+    queries = torch.randn(shape, device="cuda")
+    group = case.query_heads // case.kv_heads
+    keys = pages.key[tables[0, 0].long(), 0].flatten(0, 1).double()
+    z = queries[0, 0, :group].double() @ keys.T * (0.5 * case.head_size**-0.5)
+    low, high = 1e-2, 1e2
+    for _ in range(24):
+        middle = math.sqrt(low * high)
+        scores = z * middle
+        share = (scores > entmax_threshold_sort(scores, 1.5)[..., None]).double().mean().item()
+        low, high = (middle, high) if share > case.support else (low, middle)
+    return (queries * low).to(pages.key.dtype)
+
+
+def graph_of(steps: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """One graph that runs every step once."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for step in steps:
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for step in steps:
+                step()
+    return graph
+
+
+def alternate(arms: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:
+    """Microseconds per step of each arm, one value per replay; replays take turns."""
+    graphs = {name: graph_of(steps) for name, steps in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for replay in range(REPLAYS + 3):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if replay >= 3:
+                times[name].append(start.elapsed_time(end) * 1e3 / len(arms[name]))
+    return times
+
+
+def flash_attention(
+    case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor
+) -> Any:
+    """FlashAttention-3's steps over the same keys and values."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    key, value = (part.transpose(1, 2).contiguous() for part in (pages.key, pages.value))
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda")
+    lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+
+    def step(index: int) -> Callable[[], Any]:
+        out = torch.empty_like(queries[index])
+        return lambda: flash_attn_varlen_func(
+            queries[index],
+            key,
+            value,
+            max_seqlen_q=1,
+            cu_seqlens_q=starts,
+            max_seqlen_k=case.context,
+            seqused_k=lengths,
+            softmax_scale=case.head_size**-0.5,
+            causal=True,
+            block_table=tables[index],
+            out=out,
+            fa_version=3,
+        )
+
+    return [step(index) for index in range(case.sets)]
+
+
+def entmax_steps(
+    case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor, selector: Selector
+) -> tuple[list[Callable[[], Any]], torch.Tensor]:
+    """This project's steps, and the counters that they add to."""
+    size = decode_workspace_size(
+        case.batch,
+        case.query_heads,
+        case.kv_heads,
+        case.head_size,
+        PAGE_SIZE,
+        pages.key.dtype,
+        case.context,
+        selector=selector,
+    )
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    counters = torch.zeros(len(Counter), dtype=torch.int64, device="cuda")
+    lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+    bare = (
+        pages
+        if selector.statistics
+        else pages._replace(
+            statistics=pages.statistics[:, :, :0], layout=PageLayout(PAGE_SIZE, case.head_size, ())
+        )
+    )
+
+    def step(index: int) -> Callable[[], Any]:
+        out = torch.empty_like(queries[index])
+        return lambda: decode(
+            queries[index],
+            bare,
+            tables[index],
+            lengths,
+            scale=case.head_size**-0.5,
+            alpha=1.5,
+            selector=selector,
+            counters=counters,
+            out=out,
+            workspace=workspace,
+            implementation="triton",
+        )
+
+    return [step(index) for index in range(case.sets)], counters
+
+
+def measure(case: Case, pages: PagedCache, share: float) -> list[dict[str, Any]]:
+    """The rows of one case: exact, and top-k with `share` of the context as its budget."""
+    pages_each = case.context // PAGE_SIZE
+    order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
+    tables = order[: case.sets * case.batch * pages_each].view(case.sets, case.batch, pages_each)
+    queries = calibrated_queries(case, pages, tables)
+    rows = []
+    for name, selector in (
+        ("exact", Exact()),
+        ("sparse", TopK(token_budget=max(PAGE_SIZE, int(share * case.context)))),
+    ):
+        steps, counters = entmax_steps(case, pages, tables, queries, selector)
+        arms = {"entmax": steps, "fa3": flash_attention(case, pages, tables, queries)}
+        times = alternate(arms)
+        ours, theirs = (statistics.median(times[arm]) for arm in ("entmax", "fa3"))
+        held, read = (counters[c].item() for c in (Counter.PAGES_HELD, Counter.PAGES_READ))
+        rows.append(
+            {
+                "kernel": name,
+                "batch": case.batch,
+                "query_heads": case.query_heads,
+                "kv_heads": case.kv_heads,
+                "head_size": case.head_size,
+                "context": case.context,
+                "pages_read": read / held,
+                "support": counters[Counter.SUPPORT].item()
+                / counters[Counter.QUERY_HEADS].item()
+                / case.context,
+                "us": ours,
+                "us_spread": max(times["entmax"]) - min(times["entmax"]),
+                "fa3_us": theirs,
+                "fa3_us_spread": max(times["fa3"]) - min(times["fa3"]),
+                "ratio_fa3": theirs / ours,
+            }
+        )
+        print(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
+        )
+    return rows
+
+
+def versions() -> dict[str, str]:
+    import triton
+    import vllm
+
+    return {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--support", type=float, default=0.005, help="share of tokens with weight")
+    parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
+    parser.add_argument("--data", choices=("random", "clustered"), default="random")
+    parser.add_argument("--longest", type=int, default=POOL_TOKENS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    chosen = [SHAPES[name] for name in arguments.shapes]
+    chosen.sort(key=lambda shape: shape[1:3])
+    for (kv_heads, head_size), shapes in itertools.groupby(chosen, key=lambda s: s[1:3]):
+        layout = PageLayout(PAGE_SIZE, head_size, TopK.statistics)
+        raw = allocate_pages(POOL_TOKENS // PAGE_SIZE, kv_heads, layout, torch.bfloat16, "cuda")
+        pages = split_pages(raw, layout)
+        fill(pages, arguments.data)
+        for query_heads, _, _, batch, contexts in shapes:
+            for context in (c for c in contexts if c <= arguments.longest):
+                case = Case(query_heads, kv_heads, head_size, batch, context, arguments.support)
+                rows += measure(case, pages, arguments.share)
+        del raw, pages
+        torch.cuda.empty_cache()
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "data": arguments.data,
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The compiled append against the reference, bit for bit where nothing is summed."""
+
+import pytest
+import torch
+from reference.scene import make_scene
+
+from entmaxkv_kernels import reference
+from entmaxkv_kernels.triton.append import append
+
+from .device import DEVICE, DTYPES, on_device
+
+STATISTICS = [(), ("mean", "std"), ("minimum", "maximum")]
+
+
+def append_to_both(scene, cache, key, value, slots):
+    reference.append(scene.cache, key, value, slots)
+    append(cache, key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE))
+
+
+def assert_same(scene, cache):
+    """Equal everywhere, poison included; means and deviations up to the order of their sums."""
+    expected, actual = scene.cache, PagedCacheOnHost(cache)
+    assert torch.equal(expected.key.nan_to_num(7e3), actual.key)
+    assert torch.equal(expected.value.nan_to_num(7e3), actual.value)
+    tolerance = 0.0 if "minimum" in cache.layout.statistics else torch.finfo(cache.key.dtype).eps
+    torch.testing.assert_close(
+        actual.statistics, expected.statistics.nan_to_num(7e3), rtol=tolerance, atol=1e-6
+    )
+
+
+class PagedCacheOnHost:
+    def __init__(self, cache):
+        self.key, self.value, self.statistics = (x.cpu().nan_to_num(7e3) for x in cache[:3])
+
+
+@pytest.mark.parametrize("statistics", STATISTICS, ids=lambda names: " and ".join(names) or "none")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size, head_size", [(16, 80), (32, 64), (64, 96)])
+def test_chunks_of_several_sequences_give_the_pages_of_the_reference(
+    statistics, dtype, page_size, head_size
+):
+    lengths = [1, 15, 16, 17, 70, 130]
+    scene = make_scene(
+        lengths,
+        page_size=page_size,
+        head_size=head_size,
+        statistics=statistics,
+        dtype=dtype,
+        filled=False,
+    )
+    cache = on_device(scene.cache)
+    filled = [0] * len(lengths)
+    for step in (13, 1, 1, 20, 100):
+        ends = [min(n, start + step) for start, n in zip(filled, lengths, strict=True)]
+        chunks = [*zip(range(len(lengths)), filled, ends, strict=True)]
+        append_to_both(
+            scene,
+            cache,
+            torch.cat([scene.key[b][start:end] for b, start, end in chunks]),
+            torch.cat([scene.value[b][start:end] for b, start, end in chunks]),
+            torch.cat([scene.slots(*chunk) for chunk in chunks]),
+        )
+        assert_same(scene, cache)
+        filled = ends
+
+
+def test_long_prompts_are_written_in_blocks():
+    lengths = [1, 1100, 70]
+    scene = make_scene(lengths, statistics=("mean", "std"), dtype=torch.float16, filled=False)
+    cache = on_device(scene.cache)
+    slots = torch.cat([scene.slots(b, 0, n) for b, n in enumerate(lengths)])
+    append_to_both(scene, cache, torch.cat(scene.key), torch.cat(scene.value), slots)
+    assert_same(scene, cache)
+
+
+def test_negative_slots_are_skipped():
+    scene = make_scene([40], statistics=("mean", "std"), dtype=torch.float32, filled=False)
+    cache = on_device(scene.cache)
+    slots = scene.slots(0, 0, 40)
+    slots[21:] = -1
+    append_to_both(scene, cache, scene.key[0], scene.value[0], slots)
+    assert_same(scene, cache)
+    append_to_both(scene, cache, scene.key[0], scene.value[0], torch.full_like(slots, -1))
+    append_to_both(scene, cache, scene.key[0][:0], scene.value[0][:0], slots[:0])
+    assert_same(scene, cache)
+
+
+def test_keys_and_values_may_be_parts_of_one_projection():
+    scene = make_scene([37], dtype=torch.float16, statistics=("mean", "std"), filled=False)
+    cache = on_device(scene.cache)
+    joint = torch.cat((scene.key[0], scene.value[0]), 1)  # [tokens, 2 * kv_heads, head_size]
+    append_to_both(scene, cache, joint[:, :2], joint[:, 2:], scene.slots(0, 0, 37))
+    assert_same(scene, cache)

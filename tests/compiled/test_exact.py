@@ -1,0 +1,203 @@
+"""Exact decode, compiled: as accurate as straightforward PyTorch, whatever its guesses."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from reference.scene import make_scene
+from reference.test_precision import assert_no_worse, straightforward_attention
+
+from entmaxkv_kernels import Exact
+from entmaxkv_kernels.triton.workspace import Shape, decode_workspace_size
+
+from .device import DTYPES, Step
+
+RAGGED = [0, 1, 15, 16, 17, 150]
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def assert_accurate(step, out):
+    """The error against float64 is no worse than the yardstick's, except for fp32's last bits."""
+    scene, options = step.scene, step.options
+    slopes, alpha = options["alibi_slopes"], options["alpha"]
+    assert not out.isnan().any()
+    alphas = alpha.tolist() if isinstance(alpha, torch.Tensor) else alpha
+    exact = scene.dense_decode(alpha=alphas, slopes=slopes, window=options["sliding_window"])
+    filled = scene.seq_lens > 0
+    assert (out[~filled] == 0).all()
+    plain = isinstance(alpha, float) and options["sliding_window"] is None
+    if out.dtype == torch.float32 or not plain:
+        tolerance = {torch.float32: 2e-5}.get(out.dtype, 4 * torch.finfo(out.dtype).eps)
+        assert (out.double() - exact).abs().max() <= tolerance
+    else:
+        rows = [
+            straightforward_attention(q[-1:], k, v, scene.scale, alpha, slopes)[0]
+            for q, k, v in zip(scene.query, scene.key, scene.value, strict=True)
+            if len(q)
+        ]
+        assert_no_worse([out[filled]], [torch.stack(rows)], [exact[filled]])
+
+
+def check(scene, workspace_size=None, **options):
+    step = Step(scene, Exact(), **options)
+    out = step.run(workspace_size)
+    assert_accurate(step, out)
+    assert torch.equal(step.counters[:4], step.run_reference()[1][:4])
+    assert step.counters[5] == step.run_reference()[1][5]
+    return step
+
+
+@pytest.mark.parametrize(
+    "dtype, alpha",
+    [(torch.float32, alpha) for alpha in (4 / 3, 2.0, 1.2, 1.0)]
+    + [(dtype, 1.5) for dtype in DTYPES],
+    ids="{}".format,
+)
+def test_ragged_batches_are_exact(dtype, alpha):
+    check(make_scene(RAGGED, dtype=dtype), alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, group, head_size, page_size",
+    [(1, 1, 64, 64), (2, 3, 80, 16), (1, 16, 96, 32), (3, 5, 128, 16), (1, 2, 256, 64)],
+)
+@dtypes
+def test_every_shape_of_heads_and_pages_is_exact(kv_heads, group, head_size, page_size, dtype):
+    scene = make_scene(
+        [130, 0, page_size, page_size + 1, page_size - 1],
+        kv_heads=kv_heads,
+        group=group,
+        head_size=head_size,
+        page_size=page_size,
+        dtype=dtype,
+    )
+    check(scene)
+
+
+@dtypes
+def test_heads_have_their_own_alpha_and_slope_and_see_a_window(dtype):
+    scene = make_scene(RAGGED, dtype=dtype)
+    alpha = torch.tensor([1.25, 1.5, 2.0, 4 / 3], dtype=torch.float64)
+    slopes = torch.tensor([0.5, 0.0, 0.05, 0.004])
+    check(scene, alpha=alpha, alibi_slopes=slopes)
+    check(scene, sliding_window=37)
+    check(scene, alpha=alpha, alibi_slopes=slopes, sliding_window=16)
+
+
+def test_lengths_and_tables_may_be_64_bit():
+    scene = make_scene(RAGGED, dtype=torch.float32)
+    scene.block_table, scene.seq_lens = scene.block_table.long(), scene.seq_lens.long()
+    check(scene)
+
+
+@pytest.fixture
+def few_splits(monkeypatch):
+    """A chip of one multiprocessor, so that the programs of a test go through several tiles."""
+    launches = import_module("entmaxkv_kernels.triton.decode")
+    monkeypatch.setattr(launches, "processors", lambda device: 1)
+    return 1
+
+
+def small_chip(scene, alpha=1.5, **options):
+    step = Step(scene, Exact(), alpha=alpha, **options)
+    step.shape = step.shape.__class__(**{**vars(step.shape), "processors": 1})
+    return step
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.2], ids="alpha {:.3g}".format)
+def test_a_good_guess_leaves_few_candidates(few_splits, alpha):
+    scene = make_scene([3000, 700], kv_heads=1, dtype=torch.float32, spread=6.0)
+    step = small_chip(scene, alpha)
+    size = step.shape.size(step.shape.tile * 2)
+    assert_accurate(step, step.run(size))
+    assert not step.scratch("failed").any()
+    assert step.scratch("count").sum() < 3700 / 4
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 4 / 3, 1.2], ids="alpha {:.3g}".format)
+def test_lists_that_overflow_are_made_up_for(few_splits, alpha):
+    scene = make_scene([900, 0, 1], kv_heads=1, dtype=torch.float32, spread=0.2)
+    step = small_chip(scene, alpha)
+    out = step.run(step.shape.least_size)
+    assert step.scratch("failed")[:2].all()
+    assert_accurate(step, out)
+    assert step.counters[4] == step.run_reference()[1][4]
+    assert torch.equal(out, step.run(step.shape.least_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_scores_all_have_weight(few_splits, dtype):
+    scene = make_scene([1000, 1], kv_heads=1, dtype=dtype, filled=False)
+    scene.key[0][:] = scene.key[0][0]
+    scene.append_all()
+    step = small_chip(scene)
+    assert_accurate(step, step.run(step.shape.least_size))
+    assert step.counters[4] == 2 * 1001
+    step = small_chip(scene)
+    assert_accurate(step, step.run())
+
+
+def test_a_guess_that_is_too_high_is_found_out_and_made_up_for(few_splits):
+    """The keys that the sample hits score high, and no others do."""
+    scene = make_scene([16 * 800], kv_heads=1, group=1, dtype=torch.float32, filled=False)
+    rows = torch.arange(2048) * (16 * 800 - 1) // 2047
+    query, key = scene.query[0][-1, 0], scene.key[0]
+    score = 0.9 + 0.1 * torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(1))
+    key[:] = 0
+    key[rows, 0] = score * query / (query.square().sum() * scene.scale)
+    scene.append_all()
+    step = small_chip(scene)
+    out = step.run(step.shape.size(2048))
+    assert step.scratch("failed").all()
+    assert (step.scratch("count") < 2048).all()
+    assert_accurate(step, out)
+
+
+@pytest.mark.parametrize("size", ["good", "least"])
+def test_a_key_that_is_no_number_shows_in_its_own_output_alone(few_splits, size):
+    scene = make_scene([700, 90], kv_heads=2, group=1, dtype=torch.float32)
+    scene.cache.key[scene.block_table[0, 3], 1, 5] = torch.nan
+    step = small_chip(scene)
+    out = step.run(getattr(step.shape, f"{size}_size"))
+    assert out[0, 1].isnan().all()
+    assert not out[0, 0].isnan().any()
+    assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0], ids="alpha {:.3g}".format)
+@pytest.mark.parametrize("gap", [0.3, 0.01, 1e-3], ids="apart {}".format)
+def test_many_equal_scores_beside_the_threshold_are_told_apart(few_splits, gap, alpha):
+    """Two clusters of equal scores, the threshold just below the upper one or between them."""
+    scene = make_scene([800], kv_heads=1, group=1, dtype=torch.float32, filled=False)
+    query, key = scene.query[0][-1, 0], scene.key[0]
+    score = torch.zeros(800, 1)
+    score[::2] = gap / (alpha - 1)
+    score[7] = (0.9 + gap) / (alpha - 1)
+    key[:, 0] = score * query / (query.square().sum() * scene.scale)
+    scene.append_all()
+    step = small_chip(scene, alpha)
+    out = step.run(step.shape.least_size)
+    assert step.scratch("failed").all()
+    assert_accurate(step, out)
+
+
+def test_two_runs_give_the_same_bits():
+    step = Step(make_scene([150, 50], dtype=torch.float16), Exact())
+    assert torch.equal(step.run(), step.run())
+
+
+def test_a_workspace_that_is_too_small_is_refused():
+    step = Step(make_scene([33], dtype=torch.float32), Exact())
+    with pytest.raises(ValueError, match=r"workspace has 64 bytes; expected at least \d+"):
+        step.run(64)
+
+
+def test_a_workspace_for_many_sequences_serves_fewer():
+    heads = {"query_heads": 32, "kv_heads": 8, "head_size": 128, "page_size": 16}
+    options = heads | {"dtype": torch.bfloat16, "max_tokens": 1 << 17}
+    size = decode_workspace_size(64, **options, selector=Exact(), device="cpu")
+    for batch in range(1, 65):
+        shape = Shape(batch, **options, processors=132)
+        assert shape.size(shape.capacity(size)) <= size
+        assert shape.capacity(size) >= shape.capacity(shape.good_size)

@@ -1,0 +1,130 @@
+"""Compiled prefill: as accurate as straightforward PyTorch, whatever the seed of its threshold."""
+
+import pytest
+import torch
+from reference.scene import make_scene
+from reference.test_precision import assert_no_worse, straightforward_attention
+
+from entmaxkv_kernels.triton.prefill import prefill
+
+from .device import DEVICE, DTYPES, on_device
+
+MIXED = torch.tensor([1.0, 1.5, 2.0, 1.25], dtype=torch.float64)
+SLOPES = torch.tensor([0.5, 0.0, -0.25, 0.01])
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def run(scene, query_lens=None, padding=3, **options):
+    """Output of each chunk, in a poisoned workspace; tokens outside every chunk stay poison."""
+    query_lens = scene.seq_lens.tolist() if query_lens is None else query_lens
+    query = [q[len(q) - n :] for q, n in zip(scene.query, query_lens, strict=True)]
+    query = torch.cat(
+        [*query, torch.full_like(scene.query[0][:1], torch.nan).expand(padding, -1, -1)]
+    )
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    options = {"alpha": 1.5, "alibi_slopes": None, "sliding_window": None} | options
+    for name, value in options.items():
+        options[name] = value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+    out = torch.full_like(query, torch.nan).to(DEVICE)
+    workspace = torch.full((1 << 18,), 255, dtype=torch.uint8, device=DEVICE)
+    context = scene.block_table.to(DEVICE), scene.seq_lens.to(DEVICE), starts.to(DEVICE)
+    cache = on_device(scene.cache)
+    options |= {"scale": scene.scale, "out": out, "workspace": workspace}
+    prefill(query.to(DEVICE), cache, *context, **options)
+    *chunks, rest = out.cpu().split([*query_lens, padding])
+    assert rest.isnan().all()
+    return chunks
+
+
+def check(scene, query_lens=None, **options):
+    alpha, slopes = options.get("alpha", 1.5), options.get("alibi_slopes")
+    window = options.get("sliding_window")
+    actual = run(scene, query_lens, **options)
+    alphas = alpha.tolist() if isinstance(alpha, torch.Tensor) else alpha
+    exact = scene.dense_prefill(query_lens, alpha=alphas, slopes=slopes, window=window)
+    if actual[0].dtype == torch.float32:
+        for chunk, wanted in zip(actual, exact, strict=True):
+            assert not chunk.isnan().any()
+            assert len(chunk) == 0 or (chunk.double() - wanted).abs().max() <= 2e-5
+    else:
+        yardstick = [
+            straightforward_attention(q, k, v, scene.scale, alpha, slopes)
+            for q, k, v in zip(scene.query, scene.key, scene.value, strict=True)
+        ]
+        lengths = [len(chunk) for chunk in actual]
+        yardstick = [y[len(y) - n :] for y, n in zip(yardstick, lengths, strict=True)]
+        assert_no_worse(actual, yardstick, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 4 / 3, 1.2], ids="alpha {:.3g}".format)
+def test_ragged_batches_are_exact(dtype, alpha):
+    check(make_scene([1, 15, 16, 17, 70, 333], dtype=dtype, kv_heads=1), alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, group, head_size, page_size",
+    [(2, 1, 64, 64), (1, 3, 80, 16), (1, 5, 96, 32), (1, 8, 128, 16), (1, 2, 256, 64)],
+)
+@dtypes
+def test_every_shape_of_heads_and_pages_is_exact(dtype, kv_heads, group, head_size, page_size):
+    shape = {"kv_heads": kv_heads, "group": group, "head_size": head_size}
+    check(make_scene([1, page_size, 130], page_size=page_size, dtype=dtype, **shape))
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 100], ids="window {}".format)
+def test_heads_have_their_own_alpha_and_slope_and_see_a_window(window):
+    scene = make_scene([5, 150], dtype=torch.float32)
+    check(scene, alpha=MIXED, alibi_slopes=SLOPES, sliding_window=window)
+    check(scene, [5, 40], sliding_window=window)
+
+
+@dtypes
+def test_a_chunk_may_be_any_tail_of_its_sequence_even_empty(dtype):
+    check(make_scene([10, 133, 300, 7], dtype=dtype), [10, 1, 90, 0])
+
+
+def test_pages_before_the_window_are_never_read():
+    scene = make_scene([100], dtype=torch.float32)
+    scene.block_table[0, :4] = 10**8  # given back by the engine: positions 0 to 63
+    check(scene, [10], sliding_window=20)
+
+
+@dtypes
+def test_equal_scores_all_have_weight(dtype):
+    scene = make_scene([300], kv_heads=1, dtype=dtype, filled=False)
+    scene.key[0][:] = scene.key[0][0]
+    scene.append_all()
+    check(scene)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.1], ids="alpha {}".format)
+@pytest.mark.parametrize("others", [1, 150], ids=["one high key", "half of the keys high"])
+def test_high_scores_that_the_seed_misses_are_found(alpha, others):
+    scene = make_scene([400], kv_heads=1, group=1, dtype=torch.float32, filled=False)
+    scene.query[0][:] = scene.query[0][0]
+    scene.key[0][100 : 100 + others] += 20 * scene.query[0][:1] / scene.query[0][0].norm()
+    scene.append_all()
+    check(scene, [64], alpha=alpha)
+
+
+def test_two_runs_give_the_same_bits():
+    scene = make_scene([150, 50], dtype=torch.float16)
+    assert all(map(torch.equal, run(scene), run(scene)))
+
+
+def test_a_workspace_that_is_too_small_is_refused():
+    scene = make_scene([33], dtype=torch.float32)
+    context = on_device(scene.cache), scene.block_table, scene.seq_lens, torch.tensor([0, 33])
+    with pytest.raises(ValueError, match=r"workspace has 64 bytes; expected at least \d+"):
+        prefill(
+            scene.query[0],
+            *context,
+            scale=1.0,
+            alpha=1.5,
+            alibi_slopes=None,
+            sliding_window=None,
+            out=torch.empty_like(scene.query[0]),
+            workspace=torch.empty(64, dtype=torch.uint8),
+        )

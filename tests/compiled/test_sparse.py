@@ -1,0 +1,124 @@
+"""Sparse decode, compiled: the reference's pages, and exact attention over them."""
+
+import pytest
+import torch
+from reference.scene import make_scene
+
+from entmaxkv_kernels import Counter, Gaussian, TopK
+
+from .device import DTYPES, Step
+
+RAGGED = [0, 1, 16, 17, 500, 300]
+MATCHED = [Counter.STEPS, Counter.SPARSE_STEPS, Counter.PAGES_HELD, Counter.QUERY_HEADS]
+
+dtypes_and_alphas = pytest.mark.parametrize(
+    "dtype, alpha",
+    [(torch.float32, alpha) for alpha in (1.0, 4 / 3, 2.0, 1.2)]
+    + [(dtype, 1.5) for dtype in DTYPES],
+    ids="{}".format,
+)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+selectors = pytest.mark.parametrize(
+    "selector", [TopK(64), Gaussian()], ids=lambda selector: selector.name
+)
+
+
+def sparse_scene(selector, lengths=RAGGED, **options):
+    """Pages that differ, so that few of them lie at the edge of a selection."""
+    options = {"coherence": 0.8, "spread": 4.0, "dtype": torch.float32} | options
+    return make_scene(lengths, statistics=selector.statistics, **options)
+
+
+def listed_pages(step):
+    """Pages [B, kv_heads, P] bool that the step has listed, which are in order."""
+    shape, held = step.shape, -(-step.scene.seq_lens.long() // step.scene.page_size)
+    listed = step.scratch("listed").view(shape.batch, shape.kv_heads, 2, -1)
+    counts = step.scratch("listed_count").view(shape.batch, shape.kv_heads)
+    pages = torch.zeros(shape.batch, shape.kv_heads, int(held.max()), dtype=torch.bool)
+    for b in range(shape.batch):
+        for h in range(shape.kv_heads):
+            physical, logical = listed[b, h, :, : counts[b, h]].long()
+            assert (logical.diff() > 0).all()
+            assert torch.equal(physical, step.scene.block_table[b, logical].long())
+            pages[b, h, logical] = True
+            assert not held[b] or pages[b, h, held[b] - 1]
+    return pages
+
+
+def check(selector, scene, **options):
+    """Few pages may differ from the reference's, and rows without any have its output."""
+    step = Step(scene, selector, **options)
+    out = step.run()
+    expected, counters = step.run_reference()
+    pages = listed_pages(step)
+    selected = step.run_selection()
+    same = (pages == selected).all(-1)
+    assert same.float().mean() >= (1.0 if out.dtype == torch.float32 else 0.9)
+    group = step.shape.group
+    tolerance = {torch.float32: 2e-5}.get(out.dtype, 8 * torch.finfo(out.dtype).eps)
+    difference = (out - expected).double().abs().amax(-1)
+    assert not difference.isnan().any()
+    assert (difference[same.repeat_interleave(group, 1)] <= tolerance).all()
+    assert torch.equal(step.counters[MATCHED], counters[MATCHED])
+    assert step.counters[Counter.PAGES_READ] == pages.sum()
+    return pages
+
+
+@dtypes_and_alphas
+@selectors
+def test_the_pages_are_those_of_the_reference(selector, alpha, dtype):
+    if alpha == 1 and isinstance(selector, Gaussian):
+        pytest.skip("softmax has no threshold to estimate")
+    pages = check(selector, sparse_scene(selector, dtype=dtype), alpha=alpha)
+    assert not pages[4].all()
+
+
+@selectors
+@dtypes
+@pytest.mark.parametrize(
+    "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
+)
+def test_every_shape_of_heads_and_pages_is_served(
+    selector, kv_heads, group, head_size, page_size, dtype
+):
+    lengths = [0, page_size - 1, 9 * page_size, 700]
+    shape = {"kv_heads": kv_heads, "group": group, "head_size": head_size, "dtype": dtype}
+    check(selector, sparse_scene(selector, lengths, page_size=page_size, **shape))
+
+
+@selectors
+def test_heads_have_their_own_alpha_and_slope(selector):
+    alpha = torch.tensor([1.25, 1.5, 2.0, 4 / 3], dtype=torch.float64)
+    slopes = torch.tensor([0.5, 0.0, 0.05, 0.004])
+    check(selector, sparse_scene(selector), alpha=alpha, alibi_slopes=slopes)
+
+
+@selectors
+def test_some_sequences_are_decoded_exactly(selector):
+    exact_rows = torch.tensor([False, False, True, False, True, False])
+    pages = check(selector, sparse_scene(selector), exact_rows=exact_rows, exact_below=16)
+    assert pages[4, :, :32].all()
+    assert not pages[5, :, :19].all()
+
+
+def test_equal_pages_go_to_the_earlier_one():
+    scene = sparse_scene(TopK(64), [500])
+    scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
+    pages = check(TopK(64), scene)
+    assert torch.equal(pages[0, 0].nonzero().flatten(), torch.tensor([0, 1, 2, 3, 31]))
+
+
+@pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
+def test_a_budget_is_whole_pages_besides_the_last(budget, pages):
+    chosen = check(TopK(budget), sparse_scene(TopK(budget), [500]))
+    assert (chosen.sum(-1) == pages).all()
+
+
+def test_scores_of_every_spread_have_their_threshold():
+    for spread in (1e-4, 0.3, 1.0, 30.0):
+        check(Gaussian(), sparse_scene(Gaussian(), [700, 64], spread=spread))
+
+
+def test_two_runs_give_the_same_bits():
+    step = Step(sparse_scene(Gaussian(), dtype=torch.float16), Gaussian())
+    assert torch.equal(step.run(), step.run())
