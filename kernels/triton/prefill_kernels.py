@@ -183,6 +183,8 @@ def add_listed(
     b_next = load_pages(p_table, next_tile * BN + o_n, o_n < listed * BN, P)
     for i_t in tl.range(0, listed, num_stages=STAGES):
         o_key, b_page = next_tile * BN + o_n, b_next
+        # The value goes through an operation because a loop variable that is passed on as it is
+        # silently turns the pipeline off (Triton 3.6).
         next_tile = tl.maximum(tile_after, 0)
         tile_after = tl.load(p_list + i_t + 2, mask=i_t + 2 < listed, other=0)
         m_next = o_n < (listed - i_t - 1) * BN
@@ -249,6 +251,8 @@ def attend_listed(
     b_next = load_pages(p_table, next_tile * BN + o_n, o_n < listed * BN, P)
     for i_t in tl.range(0, listed, num_stages=STAGES):
         o_key, b_page = next_tile * BN + o_n, b_next
+        # The value goes through an operation because a loop variable that is passed on as it is
+        # silently turns the pipeline off (Triton 3.6).
         next_tile = tl.maximum(tile_after, 0)
         tile_after = tl.load(p_list + i_t + 2, mask=i_t + 2 < listed, other=0)
         m_next = o_n < (listed - i_t - 1) * BN
