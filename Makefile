@@ -19,6 +19,7 @@ test: $(STAMPS)/develop lint
 	$(BIN)/coverage erase
 	$(PYTEST) --cov --cov-report=term
 	$(PYTEST) tests/compiled
+
 lint: $(STAMPS)/develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
