@@ -2,8 +2,8 @@
 
 A strided sample of the keys is scored, a lower threshold guessed from it for every query head, and
 all keys are read once; those above the guess are listed. The guess is proved later: where the
-listed tokens alone have a mass of at least one above it, it lies below the true threshold, so
-that no token of the support is missing from the list.
+tokens above it have a mass of at least one above it, it lies below the true threshold, so that
+no token of the support is missing from the list.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -12,8 +12,10 @@ that no token of the support is missing from the list.
 import triton
 import triton.language as tl
 
-from .entmax import head_parameters, newton_step, norm, sum_moments
+from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .scores import (
+    allow_next,
+    await_previous,
     count_pages,
     load_pages,
     load_queries,
@@ -30,6 +32,8 @@ GUESSED_MASS = tl.constexpr(2.5)
 EXCEPTIONS = tl.constexpr(4)
 PEAK_TOKENS = tl.constexpr(128)
 GUESS_STEPS = tl.constexpr(3)
+# Classes of rows of a tile of keys.
+CLASSES = tl.constexpr(4)
 
 
 @triton.jit
@@ -41,11 +45,13 @@ def sample_kernel(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, M: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Scores M evenly spaced tokens of a row, the newest among them.
 
     Rows of at most `store_below` tokens need no guess.
     """
+    allow_next(CHAINED)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
@@ -78,8 +84,10 @@ def guess_kernel(
     factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Guesses a threshold for one query head, -inf where every score is to be stored."""
+    await_previous(CHAINED)
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_hq // G
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
@@ -109,18 +117,19 @@ def guess_kernel(
 @triton.jit
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
-    p_slot, p_score, p_count, p_maximum,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity,
+    p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, GUESSED: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    ORDER: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
-    Writes per split the number of candidates, which may exceed the capacity of the list, and
-    per head the largest of all scores.
+    Rows of at most `store_below` tokens have all scores in the order of their tiles, and no slots.
+    Writes per split the number of candidates, which may exceed the capacity of the list, and per
+    head and class of rows the largest of all scores and the moments above the guess.
     """
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -131,19 +140,25 @@ def collect_kernel(
     )  # fmt: skip
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
-    b_scale, b_slope, _ = load_scales(
+    b_scale, b_slope, b_exponent = load_scales(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_guess = tl.where(m_g, -float("inf"), float("inf"))
+    filtered = 0
     if GUESSED:
+        filtered = (entries * P > store_below).to(tl.int32)
         b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_g, other=float("inf"))
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     p_k = p_key + i_h.to(tl.int64) * s_head
 
     own = (i_row * S + i_s).to(tl.int64)
     p_slot += own * capacity
-    p_score += own * G * capacity
+    # A head's lists of all splits are neighbours.
+    o_own = (i_row * G + o_g) * S + i_s
+    o_list = o_own.to(tl.int64) * capacity  # [GP]
     b_maximum = tl.full([BN, GP], -float("inf"), tl.float32)
+    b_mass = tl.zeros([BN, GP], tl.float32)
+    b_moment = tl.zeros([BN, GP], tl.float32)
     count = 0
     PAGES: tl.constexpr = BN // P
     tiles = (entries + PAGES - 1) // PAGES
@@ -162,15 +177,35 @@ def collect_kernel(
             b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
         )  # [BN, GP]
         b_maximum = tl.maximum(b_maximum, b_z)
-        # Not "greater": a NaN is kept, and shows in the output.
-        m_kept = 1 - tl.min((b_z <= b_guess[None, :]).to(tl.int32), 1)  # [BN]
-        kept = tl.sum(m_kept, 0)
-        if kept > 0:
-            position = count + tl.cumsum(m_kept, 0) - m_kept
-            m_listed = (m_kept > 0) & (position < capacity)
-            tl.store(p_slot + position, (b_page * P + o_n % P).to(tl.int32), mask=m_listed)
-            p_z = p_score + o_g[None, :] * capacity + position[:, None]
-            tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
-        count += kept
+        if filtered == 0:
+            p_z = p_score + o_list[None, :] + (count + o_n)[:, None]
+            tl.store(p_z, b_z, mask=m_g[None, :])
+            count += BN
+        else:
+            b_x = tl.maximum(b_z - b_guess[None, :], 0.0)
+            b_w, b_d = weights_and_slopes(b_x, b_exponent[None, :], ORDER)
+            b_mass += b_w
+            b_moment += b_d
+            # Not "greater": a NaN is kept, and shows in the output.
+            m_kept = 1 - tl.min((b_z <= b_guess[None, :]).to(tl.int32), 1)  # [BN]
+            kept = tl.sum(m_kept, 0)
+            if kept > 0:
+                b_position = count + tl.cumsum(m_kept, 0) - m_kept
+                m_listed = (m_kept > 0) & (b_position < capacity)
+                tl.store(p_slot + b_position, (b_page * P + o_n % P).to(tl.int32), mask=m_listed)
+                p_z = p_score + o_list[None, :] + b_position[:, None]
+                tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
+            count += kept
+    allow_next(CHAINED)
     tl.store(p_count + own, count)
-    tl.store(p_maximum + own * G + o_g, tl.max(b_maximum, 0), mask=m_g)
+    # Rows of a tile are taken together so far as they lie in one warp.
+    o_class = tl.arange(0, CLASSES)[:, None]
+    o_out = o_own[None, :] * CLASSES + o_class
+    m_out = (o_class >= 0) & m_g[None, :]
+    b_maximum = tl.max(tl.reshape(b_maximum, [CLASSES, BN // CLASSES, GP]), 1)
+    tl.store(p_maximum + o_out, b_maximum, mask=m_out)
+    if GUESSED:
+        b_mass = tl.sum(tl.reshape(b_mass, [CLASSES, BN // CLASSES, GP]), 1)
+        b_moment = tl.sum(tl.reshape(b_moment, [CLASSES, BN // CLASSES, GP]), 1)
+        tl.store(p_mass + o_out, b_mass, mask=m_out)
+        tl.store(p_slope + o_out, b_moment, mask=m_out)

@@ -1,5 +1,6 @@
 """One decode step: the launches, in their order."""
 
+import math
 from statistics import NormalDist
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
 from ..selectors import Exact, Gaussian, Selector, TopK
+from .attend import attend_kernel, filter_kernel
 from .collect import collect_kernel, guess_kernel, sample_kernel
+from .fallback import fallback_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
-from .pages import box_distance_kernel, box_kernel, list_kernel, search_kernel
+from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
-from .threshold import PASSES, RESIDENT, TRIALS, bracket_kernel, threshold_kernel
-from .values import combine_kernel, values_kernel
+from .topk import box_distance_kernel, box_kernel, choose_kernel
 from .workspace import STORE_BELOW, Shape, processors
 
 
@@ -83,6 +85,8 @@ def decode(
         "window": sliding_window or 0,
         "exact_below": exact_below,
         "capacity": capacity,
+        "limit": shape.near,
+        "rows": shape.batch * shape.kv_heads,
         "store_below": store_below,
         "scale": scale,
         "factor": 1.0 if isinstance(alpha, Tensor) else score_factor(alpha),
@@ -95,6 +99,8 @@ def decode(
         "P": shape.page_size,
         "S": splits,
         "SP": triton.next_power_of_2(splits),
+        "FP": shape.filter_parts,
+        "DS": shape.value_parts,
         "BN": tile,
         "M": shape.sample,
         "GUESSED": shape.max_read > store_below,
@@ -104,6 +110,7 @@ def decode(
         "EXACT_ROWS": exact_rows is not None,
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
+        "CHAINED": query.is_cuda,
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
     arguments = {"p_listed": None, "p_listed_count": None, "p_found": None} | arguments
@@ -150,13 +157,26 @@ def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, An
         "S": splits,
         "SP": triton.next_power_of_2(splits),
         "BP": shape.page_tile,
-        "BR": 256,
+        "BL": min(8192, max(256, triton.next_power_of_2(shape.max_pages))),
         "STAGES": 3,
     }
+    warps = max(4, arguments["BL"] // 512)
     rows = (splits, shape.kv_heads, shape.batch)
     if isinstance(selector, TopK):
         _launch(box_kernel, rows, arguments)
-        _launch(box_distance_kernel, rows, arguments)
+        one_tile = shape.max_pages <= arguments["BL"]
+        if not one_tile:
+            tiles = -(-shape.max_pages // 1024), *rows[1:]
+            _chain(box_distance_kernel, tiles, arguments, BR=1024)
+        budget = selector.token_budget // shape.page_size
+        _chain(
+            choose_kernel,
+            rows[1:],
+            arguments,
+            budget=budget,
+            ONE_TILE=one_tile,
+            num_warps=warps,
+        )
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if shape.dtype == torch.float32 else "tf32"
@@ -174,58 +194,53 @@ def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, An
             excess_deviations=selector.excess_deviations,
             num_warps=8 if arguments["ALIBI"] else 1,
         )
-        _launch(reach_kernel, rows, arguments)
-    block = min(2048, triton.next_power_of_2(shape.page_stride))
-    searched = isinstance(selector, TopK)
-    if isinstance(selector, TopK):
-        budget = selector.token_budget // shape.page_size
-        _launch(search_kernel, rows[1:], arguments, budget=budget, BL=2 * block, num_warps=8)
-    chunks = -(-shape.max_pages // block)
-    chunk = -(-chunks // splits) * block
-    rows = (-(-shape.max_pages // chunk), *rows[1:])
-    _launch(list_kernel, rows, arguments, chunk=chunk, BL=block, SEARCHED=searched)
+        _launch(reach_kernel, rows, arguments, BR=256)
+        _launch(list_kernel, rows[1:], arguments, num_warps=warps)
 
 
 def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     """Entmax attention over the pages of the block table, or over those that were listed."""
     rows = (shape.splits, shape.kv_heads, shape.batch)
-    heads = (shape.query_heads, shape.batch)
-    guessed, splits = arguments["GUESSED"], arguments["SP"]
+    guessed, splits, capacity = (arguments[name] for name in ("GUESSED", "SP", "capacity"))
     if guessed:
         tiles = (shape.sample // shape.tile, *rows[1:])
         _launch(sample_kernel, tiles, arguments, num_warps=_warps(shape))
-        _launch(guess_kernel, heads, arguments, num_warps=8)
+        _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
     _launch(collect_kernel, rows, arguments, STAGES=2)
-    # Powers by logarithms take registers from the candidates.
-    resident = RESIDENT if arguments["ORDER"] else RESIDENT // 2
-    resident = min(resident, triton.next_power_of_2(arguments["capacity"]) * splits)
-    warps = max(4, min(16, resident // 512))
-    _launch(
-        threshold_kernel,
-        heads,
+    filters, warps = shape.filter_parts, 4
+    width = 32 * warps
+    places = min(triton.next_power_of_2(capacity), max(32, 16 * width * filters // splits))
+    places = max(places, width * filters // splits)
+    _chain(
+        filter_kernel,
+        (filters, shape.query_heads, shape.batch),
         arguments,
-        J=resident // splits,
-        J2=max(1, warps * 512 // splits),
-        LONG=arguments["capacity"] > resident // splits,
+        JC=places,
+        WIDTH=width,
         num_warps=warps,
     )
-    if guessed:
-        tile = max(32, shape.page_size)
-        warps = max(4, tile * shape.padded_group * TRIALS.value // 2048)
-        for number in range(PASSES.value):
-            _launch(bracket_kernel, rows, arguments, PASS=number, BN=tile, num_warps=warps)
-    _launch(
-        values_kernel,
-        rows,
+    parts = (shape.value_parts, shape.query_heads, shape.batch)
+    crowded = math.prod(parts) > 2 * shape.processors
+    warps = 8 if crowded else 16
+    _chain(
+        attend_kernel,
+        parts,
         arguments,
-        GC=triton.next_power_of_2(shape.group),
-        GA=16,
-        BC=256,
-        BN=64,
-        STAGES=2,
-        num_warps=_warps(shape),
+        R=256 * warps,
+        BV=warps * 1024 // (shape.padded_head_size // shape.value_parts),
+        num_warps=warps,
     )
-    _launch(combine_kernel, heads, arguments)
+    if guessed or shape.max_read > shape.near * filters:
+        # Interpreted programs run one after the other, and cannot wait for each other.
+        on_gpu = arguments["p_query"].is_cuda
+        _launch(
+            fallback_kernel,
+            (shape.processors if on_gpu else 1,),
+            arguments,
+            BN=max(32, shape.page_size),
+            num_warps=8,
+            **({"launch_cooperative_grid": True} if on_gpu else {}),
+        )
 
 
 def _attend_softmax(shape: Shape, arguments: dict[str, Any]) -> None:
@@ -244,3 +259,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opt
     """Launch a kernel with those of the arguments that it has."""
     own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     kernel[grid](**{**own, **options})
+
+
+def _chain(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
+    """Launch a small kernel while the one before it ends; it awaits that one by itself.
+
+    Not for a kernel that streams keys: placed beside what still runs, its programs would be spread
+    unevenly.
+    """
+    chained = {"launch_pdl": True} if arguments["CHAINED"] else {}
+    _launch(kernel, grid, arguments, **options, **chained)

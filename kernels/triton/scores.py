@@ -17,6 +17,24 @@ NO_PAGE = tl.constexpr(1 << 24)
 
 
 @triton.jit
+def await_previous(CHAINED: tl.constexpr):
+    """Waits for the launch before, while which a chained one may have been started.
+
+    Every program of a chained launch does so first, or a launch after it could be ahead of one
+    before it.
+    """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def allow_next(CHAINED: tl.constexpr):
+    """Lets a chained launch after this one start."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def count_pages(
     p_listed_count, i_row, n, window, P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr
 ):

@@ -6,8 +6,9 @@
 import triton
 import triton.language as tl
 
+from .counters import SUPPORT, count_step
 from .scores import load_pages, load_queries, load_rows, page_source, score_rows
-from .values import SUPPORT, count_step, weighted_columns
+from .values import weighted_columns
 
 
 @triton.jit

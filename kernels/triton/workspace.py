@@ -8,15 +8,18 @@ import triton
 from torch import Tensor
 
 from ..selectors import Selector
-from .threshold import PASSES, TRIALS
+from .collect import CLASSES
+from .fallback import TRIALS
 
-STORE_BELOW = 16384
+STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
 
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
+_MOST_NEAR = 32768
+_NEAR = 1 << 22
 _ALIGNMENT = 256
 
 
@@ -101,6 +104,33 @@ class Shape:
         return 4096 if self.max_read >= 1 << 17 else 2048
 
     @property
+    def value_parts(self) -> int:
+        """Programs per query head that weigh its values: 64 bytes of a value at least."""
+        most = max(1, self.padded_head_size * self.dtype.itemsize // 64)
+        free = max(1, self.processors // (self.batch * self.query_heads))
+        return min(4, most, 1 << (free.bit_length() - 1))
+
+    @property
+    def filter_parts(self) -> int:
+        """Programs per query head that pack its candidates."""
+        wanted = max(1, 16 * self.processors // (self.batch * self.query_heads))
+        wanted = 1 << (min(wanted, 16).bit_length() - 1)
+        return min(wanted, triton.next_power_of_2(self.splits))
+
+    @property
+    def near(self) -> int:
+        """Candidates above the lower bound of a threshold that each of those programs keeps."""
+        most = -(-self.max_read // (self.tile * self.filter_parts)) * self.tile
+        heads = self.batch * self.query_heads
+        return min(most, max(1024, min(_MOST_NEAR, _NEAR // heads)) // self.filter_parts)
+
+    @property
+    def partials(self) -> int:
+        """Partial sums of values: of the splits, and of all programs that work on one row."""
+        splits = self.batch * self.query_heads * self.splits
+        return max(splits, self.processors * self.group)
+
+    @property
     def max_pages(self) -> int:
         return -(-self.max_tokens // self.page_size)
 
@@ -112,22 +142,31 @@ class Shape:
     def fields(self, capacity: int) -> dict[str, tuple[torch.dtype, int]]:
         """Elements of each part of the workspace, with lists of `capacity` per split."""
         rows = self.batch * self.kv_heads
-        heads, own = self.batch * self.query_heads, rows * self.splits
+        heads = self.batch * self.query_heads
+        lists = heads * self.splits
         page_own = rows * self.page_splits * self.group
         fields = {
             "sample": (torch.float32, heads * self.sample),
             "guess": (torch.float32, heads),
-            "count": (torch.int32, own),
-            "maximum": (torch.float32, own * self.group),
-            "tau": (torch.float32, heads),
-            "failed": (torch.int32, heads),
-            "bracket": (torch.float32, PASSES.value * rows * 2 * self.padded_group),
-            "mass": (torch.float32, PASSES.value * own * self.padded_group * TRIALS.value),
-            "partial": (torch.float32, heads * self.splits * self.head_size),
-            "total": (torch.float32, heads * self.splits),
-            "support": (torch.int32, own * self.group),
-            "slot": (torch.int32, own * capacity),
-            "score": (torch.float32, own * self.group * capacity),
+            "count": (torch.int32, rows * self.splits),
+            "maximum": (torch.float32, lists * CLASSES.value),
+            "mass": (torch.float32, lists * CLASSES.value),
+            "slope": (torch.float32, lists * CLASSES.value),
+            "lower": (torch.float32, heads),
+            "state": (torch.int32, heads),
+            "barrier": (torch.int32, 1),
+            "slot": (torch.int32, rows * self.splits * capacity),
+            "score": (torch.float32, lists * capacity),
+            "near_score": (torch.float32, heads * self.filter_parts * self.near),
+            "near_slot": (torch.int32, heads * self.filter_parts * self.near),
+            "near_count": (torch.int32, heads * self.filter_parts),
+            "partial": (torch.float32, self.partials * self.head_size),
+            "total": (torch.float32, self.partials),
+            "support": (torch.int32, self.partials),
+            "trial_mass": (
+                torch.float32,
+                2 * self.processors * self.padded_group * TRIALS.value,
+            ),
         }
         if self.listed:
             fields |= {
@@ -139,7 +178,7 @@ class Shape:
         if self.selector == "topk":
             fields |= {
                 "page_maximum": (torch.float32, page_own),
-                "found": (torch.int32, rows * 2),
+                "page_minimum": (torch.float32, page_own),
             }
         if self.selector == "gaussian":
             fields |= {
@@ -168,7 +207,7 @@ class Shape:
 
     def capacity(self, size: int) -> int:
         """Places in the list of each split that a workspace of `size` bytes allows."""
-        entry = 4 * self.batch * self.kv_heads * self.splits * (1 + self.group)
+        entry = 4 * self.batch * (self.kv_heads + self.query_heads) * self.splits
         tiles = -(-self.max_read // (self.splits * self.tile))
         capacity = 16 + max(0, size - self.least_size) // entry // 16 * 16 + 16
         capacity = min(capacity, max(1, tiles) * self.tile)

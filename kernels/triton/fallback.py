@@ -1,0 +1,196 @@
+"""Entmax attention of the rows that candidates did not serve, over all of their keys.
+
+A guess may have been too high, lists may have overflowed, or the support of a head may be larger
+than its program keeps. All programs of one launch work on such a row together, and meet between
+the passes over its keys; where there is none, they return at once.
+"""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .attend import DONE
+from .collect import CLASSES
+from .counters import SUPPORT
+from .entmax import norm, weigh, weigh_scores
+from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
+from .values import weighted_columns
+
+# Thresholds that a pass over the keys tries, and the most passes: a bracket of width one shrinks
+# by that factor in each.
+TRIALS = tl.constexpr(32)
+PASSES = tl.constexpr(6)
+# Rows whose states are looked at together.
+STATES = tl.constexpr(1024)
+
+
+@triton.jit
+def meet(p_barrier, meetings, programs):
+    """Waits until all programs have come here; the launch guarantees that all of them run."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(p_barrier, 1, sem="acq_rel") + 1
+    while arrived < (meetings + 1) * programs:
+        arrived = tl.atomic_add(p_barrier, 0, sem="acq_rel")
+    tl.debug_barrier()
+    return meetings + 1
+
+
+@triton.jit
+def any_left(p_state, heads):
+    """Whether any head of the batch is not done."""
+    o_i = tl.arange(0, STATES)
+    b_left = tl.zeros([STATES], tl.int32)
+    for i in range(0, heads, STATES):
+        b_left |= tl.load(p_state + i + o_i, mask=i + o_i < heads, other=DONE)
+    return tl.max(b_left, 0) > 0
+
+
+@triton.jit
+def narrow_bracket(b_mass, b_low, b_high, b_exponent, ORDER: tl.constexpr):
+    """The bracket [b_low, b_high] of tau, each [GP], given the mass [GP, TRIALS] above its trials.
+
+    The norm of the weights is convex and decreasing in the threshold. Between the last trial
+    above one and the first below it the chord is above the norm, so its root is an upper bound;
+    the chord before it, prolonged, is below the norm, so its root is a lower bound.
+    """
+    o_j = tl.arange(0, TRIALS)[None, :]
+    b_norm = norm(b_mass, b_exponent[:, None], ORDER) - 1.0
+    b_width = (b_high - b_low) / TRIALS
+    b_index = tl.max(tl.where(b_norm >= 0.0, o_j, 0), 1)  # [GP]
+    b_at = tl.sum(tl.where(o_j == b_index[:, None], b_norm, 0.0), 1)
+    b_before = tl.sum(tl.where(o_j == b_index[:, None] - 1, b_norm, 0.0), 1)
+    b_after = tl.sum(tl.where(o_j == b_index[:, None] + 1, b_norm, 0.0), 1)
+    b_trial = b_low + b_index.to(tl.float32) * b_width
+    b_fall = tl.maximum(b_at - b_after, 1e-30)
+    b_chord = b_trial + tl.minimum(tl.maximum(b_at / b_fall, 0.0), 1.0) * b_width
+    b_high = tl.where(b_index + 1 < TRIALS, b_chord, b_high)
+    b_fall = tl.maximum(b_before - b_at, 1e-30)
+    b_rise = tl.where(b_index > 0, tl.maximum(b_at / b_fall, 0.0), 0.0) * b_width
+    return tl.minimum(b_trial + b_rise, b_high), b_high
+
+
+@triton.jit
+def fallback_kernel(
+    p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
+    p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
+    p_out, p_counters,
+    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+    rows, scale, factor, exponent,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    ORDER: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Writes the output of every head that is not done."""
+    if any_left(p_state, rows * G) == 0:
+        return
+    i_p, programs = tl.program_id(0), tl.num_programs(0)
+    o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
+    o_j, o_s = tl.arange(0, TRIALS), tl.arange(0, SP * CLASSES)
+    m_g = o_g < G
+    PAGES: tl.constexpr = BN // P
+    meetings = 0
+    for i in range(0, rows):
+        # The interpreter's loop variables are no tensors.
+        i_row = tl.full([], 0, tl.int32) + i
+        b_state = tl.load(p_state + i_row * G + o_g, mask=m_g, other=DONE)
+        if tl.max(b_state, 0) > DONE:
+            i_b, i_h = i_row // HKV, i_row % HKV
+            n = tl.load(p_seq_lens + i_b).to(tl.int32)
+            p_pages, first, entries = page_source(
+                p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table,
+                list_stride, P, WINDOW, LISTED,
+            )  # fmt: skip
+            tiles = (entries + PAGES - 1) // PAGES
+            b_scale, b_slope, b_exponent = load_scales(
+                p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
+            )
+            b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+            p_k = p_key + i_h.to(tl.int64) * s_head
+            p_v = p_value + i_h.to(tl.int64) * s_head
+
+            p_m = p_maximum + (i_row * G + o_g)[:, None] * (S * CLASSES) + o_s[None, :]
+            m_m = m_g[:, None] & (o_s < S * CLASSES)[None, :]
+            b_peak = tl.max(tl.load(p_m, mask=m_m, other=-float("inf")), 1)  # [GP]
+            m_open = (b_state > DONE) & (b_peak > -float("inf"))
+            b_high = tl.where(m_open, b_peak, 0.0)
+            b_low = tl.where(m_open, b_peak - 1.0, 0.0)
+            # What fp32 tells apart.
+            b_narrow = tl.maximum(tl.abs(b_high) * 2e-7, 1e-7)
+            passes = 0
+            wide = tl.max(tl.where(m_open & (b_high - b_low > b_narrow), 1, 0), 0)
+            while (wide > 0) & (passes < PASSES):
+                b_step = (b_high - b_low) / TRIALS
+                b_trial = b_low[:, None] + b_step[:, None] * o_j[None, :]  # [GP, TRIALS]
+                b_mass = tl.zeros([BN, GP, TRIALS], tl.float32)
+                for i_t in tl.range(i_p, tiles, programs, num_stages=1):
+                    o_entry = i_t * PAGES + o_n // P
+                    b_page, b_logical = load_pages(
+                        p_pages, o_entry, first, entries, list_stride, LISTED
+                    )
+                    b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
+                    b_z = score_rows(
+                        b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
+                    )  # [BN, GP]
+                    b_x = tl.maximum(b_z[:, :, None] - b_trial[None, :, :], 0.0)
+                    b_mass += weigh(b_x, b_exponent[None, :, None], ORDER)
+                # Two buffers: a program may be one meeting ahead of those that still read.
+                p_t = p_trial_mass + passes % 2 * programs * (GP * TRIALS)
+                o_trial = o_g[:, None] * TRIALS + o_j[None, :]
+                tl.store(p_t + i_p * (GP * TRIALS) + o_trial, tl.sum(b_mass, 0))
+                meetings = meet(p_barrier, meetings, programs)
+                b_sum = tl.zeros([GP, TRIALS], tl.float32)
+                for i in range(programs):
+                    b_sum += tl.load(p_t + i * (GP * TRIALS) + o_trial)
+                b_lower, b_upper = narrow_bracket(b_sum, b_low, b_high, b_exponent, ORDER)
+                b_low = tl.where(m_open, b_lower, b_low)
+                b_high = tl.where(m_open, b_upper, b_high)
+                wide = tl.max(tl.where(m_open & (b_high - b_low > b_narrow), 1, 0), 0)
+                passes += 1
+
+            # Heads that are done take no part: nothing lies above their threshold.
+            b_low = tl.where(b_state > DONE, b_low, float("inf"))
+            b_support = tl.zeros([GP], tl.int32)
+            b_total = tl.zeros([GP], tl.float32)
+            b_acc = tl.zeros([DP, GP], tl.float32)
+            for i_t in tl.range(i_p, tiles, programs, num_stages=1):
+                o_entry = i_t * PAGES + o_n // P
+                b_page, b_logical = load_pages(
+                    p_pages, o_entry, first, entries, list_stride, LISTED
+                )
+                b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
+                b_z = score_rows(
+                    b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
+                )  # [BN, GP]
+                b_w = weigh_scores(b_z, b_low[None, :], b_exponent[None, :], ORDER)
+                m_support = (b_w != 0.0).to(tl.int32)
+                b_support += tl.sum(m_support, 0)
+                b_total += tl.sum(b_w, 0)
+                o_v = b_page.to(tl.int64) * s_page + (o_n % P) * D
+                m_v = (tl.max(m_support, 1) > 0)[:, None] & (o_d < D)[None, :]
+                b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_v, other=0.0)  # [BN, DP]
+                b_acc = weighted_columns(b_w, b_v, b_acc)
+            o_part = i_p * G + o_g
+            tl.store(p_total + o_part, b_total, mask=m_g)
+            tl.store(p_support + o_part, b_support, mask=m_g)
+            m_acc = m_g[None, :] & (o_d < D)[:, None]
+            tl.store(p_partial + o_part[None, :] * D + o_d[:, None], b_acc, mask=m_acc)
+            meetings = meet(p_barrier, meetings, programs)
+            for i_g in range(i_p, G, programs):
+                if tl.load(p_state + i_row * G + i_g) > DONE:
+                    b_out = tl.zeros([DP], tl.float32)
+                    total = tl.full([], 0.0, tl.float32)
+                    support = tl.full([], 0, tl.int64)
+                    for i in range(programs):
+                        i_part = i * G + i_g
+                        b_out += tl.load(p_partial + i_part * D + o_d, mask=o_d < D, other=0.0)
+                        total += tl.load(p_total + i_part)
+                        support += tl.load(p_support + i_part)
+                    p_o = p_out + i_b.to(tl.int64) * s_out_b + (i_h * G + i_g) * s_out_h + o_d
+                    tl.store(p_o, (b_out / total).to(p_out.dtype.element_ty), mask=o_d < D)
+                    if COUNT:
+                        tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
+            # The parts are written again for the next row.
+            meetings = meet(p_barrier, meetings, programs)
