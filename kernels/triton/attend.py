@@ -198,6 +198,14 @@ def solve_near(
 
 
 @triton.jit
+def load_values(p_value, b_slot, b_weight, o_d, s_page, D: tl.constexpr, P: tl.constexpr):
+    """Values of the slots that have any weight, zeros for the others."""
+    o_row = (b_slot // P).to(tl.int64) * s_page + (b_slot % P) * D
+    m_v = (b_weight != 0.0)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_value + o_row[:, None] + o_d[None, :], mask=m_v, other=0.0)
+
+
+@triton.jit
 def attend_kernel(
     p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     p_barrier, p_out, p_counters,
@@ -239,28 +247,30 @@ def attend_kernel(
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)
     o_f, o_j = o_v // (BV // FP), o_v % (BV // FP)
     b_count = tl.load(p_near_count + o_f)
-    # What is first is under way while the threshold is solved.
-    b_next_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
-    b_next = load_near(p_near_slot, b_count, o_f, o_j, limit, 0)
+    # What is first is under way while the threshold is solved, and later what is next.
+    b_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
+    b_slot = load_near(p_near_slot, b_count, o_f, o_j, limit, 0)
     lower = tl.load(p_lower + i_head)
     tau = solve_near(p_near_score, p_near_count, longest, lower, limit, b, FP, R, ORDER)
 
+    JV: tl.constexpr = BV // FP
+    b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
+    b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DP / DS]
+    b_z = load_near(p_near_score, b_count, o_f, o_j + JV, limit, -float("inf"))
+    b_slot = load_near(p_near_slot, b_count, o_f, o_j + JV, limit, 0)
     b_acc = tl.zeros([BV, DP // DS], tl.float32)
     b_total = tl.zeros([BV], tl.float32)
     b_support = tl.zeros([BV], tl.int32)
-    for i_j in tl.range(0, longest, BV // FP, num_stages=1):
-        b_slot, b_z = b_next, b_next_z
-        o_next = i_j + BV // FP + o_j
-        b_next_z = load_near(p_near_score, b_count, o_f, o_next, limit, -float("inf"))
-        b_next = load_near(p_near_slot, b_count, o_f, o_next, limit, 0)
-        b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
-        m_w = b_w != 0.0
-        o_row = (b_slot // P).to(tl.int64) * s_page + (b_slot % P) * D
-        m_v = m_w[:, None] & (o_d < D)[None, :]
-        b_v = tl.load(p_value + o_row[:, None] + o_d[None, :], mask=m_v, other=0.0)
-        b_acc += b_w[:, None] * b_v.to(tl.float32)  # [BV, DP / DS]
+    for i_j in tl.range(0, longest, JV, num_stages=1):
+        b_next = weigh_scores(b_z, tau, b, ORDER)
+        b_next_v = load_values(p_value, b_slot, b_next, o_d, s_page, D, P)
+        o_next = i_j + 2 * JV + o_j
+        b_z = load_near(p_near_score, b_count, o_f, o_next, limit, -float("inf"))
+        b_slot = load_near(p_near_slot, b_count, o_f, o_next, limit, 0)
+        b_acc += b_w[:, None] * b_v.to(tl.float32)
         b_total += b_w
-        b_support += m_w.to(tl.int32)
+        b_support += (b_w != 0.0).to(tl.int32)
+        b_w, b_v = b_next, b_next_v
     total = tl.sum(b_total, 0)
     b_out = tl.sum(b_acc, 0) / tl.where(total == 0.0, 1.0, total)
     p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d

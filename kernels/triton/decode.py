@@ -157,15 +157,15 @@ def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, An
         "S": splits,
         "SP": triton.next_power_of_2(splits),
         "BP": shape.page_tile,
-        "BL": min(8192, max(256, triton.next_power_of_2(shape.max_pages))),
+        "BL": shape.list_tile,
+        "ONE_TILE": shape.max_pages <= shape.list_tile,
         "STAGES": 3,
     }
     warps = max(4, arguments["BL"] // 512)
     rows = (splits, shape.kv_heads, shape.batch)
     if isinstance(selector, TopK):
         _launch(box_kernel, rows, arguments)
-        one_tile = shape.max_pages <= arguments["BL"]
-        if not one_tile:
+        if not arguments["ONE_TILE"]:
             tiles = -(-shape.max_pages // 1024), *rows[1:]
             _chain(box_distance_kernel, tiles, arguments, BR=1024)
         budget = selector.token_budget // shape.page_size
@@ -174,7 +174,6 @@ def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, An
             rows[1:],
             arguments,
             budget=budget,
-            ONE_TILE=one_tile,
             num_warps=warps,
         )
     else:
@@ -226,7 +225,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         attend_kernel,
         parts,
         arguments,
-        R=256 * warps,
+        R=(512 if shape.max_read > 1 << 18 else 256) * warps,
         BV=warps * 1024 // (shape.padded_head_size // shape.value_parts),
         num_warps=warps,
     )

@@ -87,13 +87,15 @@ def list_rest(
     BL: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Lists the pages that are not ranked: the last one, or all of a row that is read whole."""
-    o_l = tl.arange(0, BL)
-    for i_l in range(ranked, pages, BL):
-        o_page = i_l + o_l
-        b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
-        o_place = count + o_page - ranked
-        tl.store(p_list + o_place, b_page, mask=o_page < pages)
-        tl.store(p_list + list_stride + o_place, o_page, mask=o_page < pages)
+    if ranked > 0:
+        tl.store(p_list + count, tl.load(p_table + ranked).to(tl.int32))
+        tl.store(p_list + list_stride + count, ranked)
+    else:
+        for i_l in range(0, pages, BL):
+            o_page = i_l + tl.arange(0, BL)
+            b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
+            tl.store(p_list + o_page, b_page, mask=o_page < pages)
+            tl.store(p_list + list_stride + o_page, o_page, mask=o_page < pages)
     count += pages - ranked
     tl.store(p_listed_count + i_row, count)
     if COUNT:

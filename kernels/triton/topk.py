@@ -6,24 +6,27 @@
 import triton
 import triton.language as tl
 
-from .pages import NEVER, list_rest, list_tile, load_statistics, ranked_pages
+from .pages import NEVER, list_rest, list_tile, load_statistics, places, ranked_pages
 from .scores import allow_next, await_previous, load_queries, load_scales
 
 # Distances are whole steps, so many between the best page and the worst: nearly as fine as what
 # fp32 tells apart of scores.
 STEPS = tl.constexpr(1 << 21)
+# Of a long row the distances are counted in classes of so many steps.
+CLASS_BITS = tl.constexpr(10)
+CLASSES = tl.constexpr((1 << 21) >> 10)
 
 
 @triton.jit
 def box_kernel(
     p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_page_maximum, p_page_minimum,
+    p_reach, p_page_maximum, p_page_minimum, p_histogram,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BP: tl.constexpr, S: tl.constexpr, ALIBI: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
-    STAGES: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+    CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Quest's upper bounds of the scores z of pages, per query head, and the largest and the least
     of a split.
@@ -32,6 +35,9 @@ def box_kernel(
     """
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
+    if ONE_TILE == 0 and i_s == 0:
+        o_class = tl.arange(0, CLASSES)
+        tl.store(p_histogram + i_row * CLASSES + o_class, tl.zeros_like(o_class))
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     o_p, o_d, o_g = tl.arange(0, BP), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
@@ -71,23 +77,21 @@ def box_kernel(
 @triton.jit
 def load_distances(
     p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, page_stride,
-    G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """How far below a head's best page each page lies, for the head to which it matters most."""
-    o_s = tl.arange(0, SP)
-    width = 0.0
+    o_g, o_s = tl.arange(0, GP), tl.arange(0, SP)
+    o_own = (i_row * G + o_g)[:, None] * S + o_s[None, :]
+    m_own = (o_g < G)[:, None] & (o_s < S)[None, :]
+    b_peak = tl.max(tl.load(p_page_maximum + o_own, mask=m_own, other=-float("inf")), 1)  # [GP]
+    b_least = tl.min(tl.load(p_page_minimum + o_own, mask=m_own, other=float("inf")), 1)
+    width = tl.max(tl.where(o_g < G, b_peak - b_least, 0.0), 0)
+    p_r = p_reach + (i_row * G).to(tl.int64) * page_stride
+    b_distance = tl.full([o_page.shape[0]], float("inf"), tl.float32)
     for i_g in tl.static_range(G):
-        o_own = (i_row * G + i_g) * S + o_s
-        b_peak = tl.load(p_page_maximum + o_own, mask=o_s < S, other=-float("inf"))
-        b_least = tl.load(p_page_minimum + o_own, mask=o_s < S, other=float("inf"))
-        peak = tl.max(b_peak, 0)
-        width = tl.maximum(width, peak - tl.min(b_least, 0))
-        p_r = p_reach + (i_row * G + i_g).to(tl.int64) * page_stride
-        b_below = peak - tl.load(p_r + o_page, mask=o_page < ranked, other=0.0)
-        if i_g == 0:
-            b_distance = b_below
-        else:
-            b_distance = tl.minimum(b_distance, b_below)
+        peak = tl.max(tl.where(o_g == i_g, b_peak, -float("inf")), 0)
+        b_r = tl.load(p_r + i_g * page_stride + o_page, mask=o_page < ranked, other=0.0)
+        b_distance = tl.minimum(b_distance, peak - b_r)
     steps = tl.where(width > 0.0, STEPS / width, 0.0)
     # Also what is no number is far.
     b_steps = tl.minimum(b_distance * steps, STEPS * 1.0 - 1.0)
@@ -96,12 +100,12 @@ def load_distances(
 
 @triton.jit
 def box_distance_kernel(
-    p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_distance,
+    p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_distance, p_histogram,
     page_stride, exact_below,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The distances of all pages, where one program per row would take long."""
+    """The distances of all pages and their histogram, where one program per row would take long."""
     await_previous(CHAINED)
     allow_next(CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -111,23 +115,26 @@ def box_distance_kernel(
     for i_p in range(i_s * BR, ranked, tl.num_programs(0) * BR):
         o_page = i_p + tl.arange(0, BR)
         b_d = load_distances(
-            p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, page_stride, G, S, SP
+            p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, page_stride, G, GP, S, SP
         )
         tl.store(p_d + o_page, b_d, mask=o_page < ranked)
+        p_class = p_histogram + i_row * CLASSES + (b_d >> CLASS_BITS)
+        tl.atomic_add(p_class, tl.full([BR], 1, tl.int32), mask=o_page < ranked, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def choose_kernel(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_distance,
-    p_listed, p_listed_count, p_counters,
+    p_histogram, p_members, p_listed, p_listed_count, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, ONE_TILE: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
+    ONE_TILE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the `budget` nearest pages of one row in their order; of pages as near, the earlier.
 
-    ONE_TILE: all pages fit one tile of BL, whose distances are computed here.
+    ONE_TILE: all pages fit one tile of BL, whose distances are computed here. Otherwise their
+    histogram says among which the last page within the budget is.
     """
     await_previous(CHAINED)
     i_h, i_b = tl.program_id(0), tl.program_id(1)
@@ -139,32 +146,68 @@ def choose_kernel(
     o_l = tl.arange(0, BL)
     if ONE_TILE:
         b_distance = load_distances(
-            p_reach, p_page_maximum, p_page_minimum, i_row, o_l, ranked, page_stride, G, S, SP
+            p_reach, p_page_maximum, p_page_minimum, i_row, o_l, ranked, page_stride, G, GP, S, SP
         )
-    # At most `budget` pages are nearer than `found`, and more are nearer than `far`.
+    # At most `budget` pages are nearer than `found`, and more are nearer than `far`; `members` are
+    # those between, if a tile holds them.
     found, far = tl.full([], 0, tl.int32), tl.full([], STEPS, tl.int32)
     nearer, within = tl.full([], 0, tl.int32), ranked
+    outside = tl.full([], 0, tl.int32)
     if budget >= ranked:
         found, nearer = far, nearer + budget
+    if ONE_TILE:
+        b_member, resident = b_distance, tl.full([], 1, tl.int32)
+    else:
+        b_member = tl.full([BL], NEVER, tl.int32)
+        resident = tl.full([], 0, tl.int32)
+        if budget < ranked:
+            o_class = tl.arange(0, CLASSES)
+            b_histogram = tl.load(p_histogram + i_row * CLASSES + o_class)
+            last = tl.sum((tl.cumsum(b_histogram, 0) <= budget).to(tl.int32), 0)
+            nearer = tl.sum(tl.where(o_class < last, b_histogram, 0), 0)
+            within = nearer + tl.sum(tl.where(o_class == last, b_histogram, 0), 0)
+            found, far = last << CLASS_BITS, (last + 1) << CLASS_BITS
+            resident = (within - nearer <= BL).to(tl.int32)
+            if resident > 0:
+                p_m = p_members + i_row.to(tl.int64) * BL
+                kept = tl.full([], 0, tl.int32)
+                b_next = tl.load(p_d + o_l, mask=o_l < ranked, other=NEVER)
+                for i_l in range(0, ranked, BL):
+                    b_d, o_next = b_next, i_l + BL + o_l
+                    b_next = tl.load(p_d + o_next, mask=o_next < ranked, other=NEVER)
+                    m_member = (b_d >> CLASS_BITS) == last
+                    b_before, _, members, _ = places(m_member, m_member, BL)
+                    tl.store(p_m + kept + b_before, b_d, mask=m_member)
+                    kept += members
+                # What the program's other threads wrote is read.
+                tl.debug_barrier()
+                b_member = tl.load(p_m + o_l, mask=o_l < kept, other=NEVER)
+                outside = nearer
     rounds = 0
     while (far - found > 1) & (nearer < budget):
-        # Two trials: about where the last page is expected, or at the thirds every other time.
-        width = far - found
-        share = (budget - nearer).to(tl.float32) / (within - nearer).to(tl.float32)
-        margin = tl.where(rounds % 2 == 0, 1.0 / 16, 1.0 / 6)
-        share = tl.where(rounds % 2 == 0, share, 0.5)
-        low = found + ((share - margin) * width.to(tl.float32)).to(tl.int32)
-        high = found + ((share + margin) * width.to(tl.float32)).to(tl.int32)
-        low = tl.minimum(tl.maximum(low, found + 1), far - 1)
-        high = tl.minimum(tl.maximum(high, found + 1), far - 1)
-        count_low, count_high = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-        for i_l in range(0, ranked, BL):
-            m_l = i_l + o_l < ranked
-            b_d = b_distance if ONE_TILE else tl.load(p_d + i_l + o_l, mask=m_l, other=NEVER)
+        # Two trials on either side of where the last page is expected, so far apart that it likely
+        # lies between them; at the thirds where that helps no more.
+        width, members = (far - found).to(tl.float32), (within - nearer).to(tl.float32)
+        share = (budget - nearer).to(tl.float32) / members
+        margin = 2.0 * tl.sqrt(share * (1.0 - share) / members)
+        margin = tl.minimum(tl.maximum(margin, tl.where(rounds < 2, 1.0 / 16, 0.0)), 1.0 / 6)
+        thirds = (members < 25.0) | (rounds >= 8)
+        share, margin = tl.where(thirds, 0.5, share), tl.where(thirds, 1.0 / 6, margin)
+        low, high = ((share - margin) * width).to(tl.int32), ((share + margin) * width).to(tl.int32)
+        low = tl.minimum(tl.maximum(found + low, found + 1), far - 1)
+        high = tl.minimum(tl.maximum(found + high, found + 1), far - 1)
+        if ONE_TILE or resident > 0:
             # Both counts are at most BL <= 8192, so one sum serves both.
-            counts = tl.sum((b_d < low).to(tl.int32) + ((b_d < high).to(tl.int32) << 16), 0)
-            count_low += counts & 0xFFFF
-            count_high += counts >> 16
+            counts = (b_member < low).to(tl.int32) + ((b_member < high).to(tl.int32) << 16)
+            counts = tl.sum(counts, 0)
+            count_low, count_high = outside + (counts & 0xFFFF), outside + (counts >> 16)
+        else:
+            b_low, b_high = tl.zeros([BL], tl.int32), tl.zeros([BL], tl.int32)
+            for i_l in tl.range(0, ranked, BL, loop_unroll_factor=4):
+                b_d = tl.load(p_d + i_l + o_l, mask=i_l + o_l < ranked, other=NEVER)
+                b_low += (b_d < low).to(tl.int32)
+                b_high += (b_d < high).to(tl.int32)
+            count_low, count_high = tl.sum(b_low, 0), tl.sum(b_high, 0)
         if count_high <= budget:
             found, nearer = high, count_high
         else:
@@ -176,12 +219,18 @@ def choose_kernel(
         rounds += 1
     ties = budget - nearer
     count, tied = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for i_l in range(0, ranked, BL):
-        m_l = i_l + o_l < ranked
-        b_d = b_distance if ONE_TILE else tl.load(p_d + i_l + o_l, mask=m_l, other=NEVER)
+    if ONE_TILE:
         count, tied = list_tile(
-            b_d, i_l + o_l, ranked, found, ties, count, tied, p_table, p_list, list_stride, BL
+            b_distance, o_l, ranked, found, ties, count, tied, p_table, p_list, list_stride, BL
         )
+    else:
+        b_next = tl.load(p_d + o_l, mask=o_l < ranked, other=NEVER)
+        for i_l in range(0, ranked, BL):
+            b_d, o_next = b_next, i_l + BL + o_l
+            b_next = tl.load(p_d + o_next, mask=o_next < ranked, other=NEVER)
+            count, tied = list_tile(
+                b_d, i_l + o_l, ranked, found, ties, count, tied, p_table, p_list, list_stride, BL
+            )
     list_rest(
         p_table, p_list, p_listed_count, p_counters, i_row, i_h, count, ranked,
         (n + P - 1) // P, list_stride, BL, COUNT,

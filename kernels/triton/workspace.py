@@ -10,6 +10,7 @@ from torch import Tensor
 from ..selectors import Selector
 from .collect import CLASSES
 from .fallback import TRIALS
+from .topk import CLASSES as DISTANCE_CLASSES
 
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
@@ -101,7 +102,7 @@ class Shape:
     @property
     def sample(self) -> int:
         """Tokens that the guess of a threshold samples."""
-        return 4096 if self.max_read >= 1 << 17 else 2048
+        return 4096 if self.max_read >= 1 << 18 else 2048
 
     @property
     def value_parts(self) -> int:
@@ -138,6 +139,11 @@ class Shape:
     def page_stride(self) -> int:
         """Places for the pages of a row, a multiple of 16."""
         return -(-self.max_pages // 16) * 16
+
+    @property
+    def list_tile(self) -> int:
+        """Pages that the program that lists those of a row looks at together."""
+        return min(8192, max(256, triton.next_power_of_2(self.max_pages)))
 
     def fields(self, capacity: int) -> dict[str, tuple[torch.dtype, int]]:
         """Elements of each part of the workspace, with lists of `capacity` per split."""
@@ -179,6 +185,8 @@ class Shape:
             fields |= {
                 "page_maximum": (torch.float32, page_own),
                 "page_minimum": (torch.float32, page_own),
+                "histogram": (torch.int32, rows * DISTANCE_CLASSES.value),
+                "members": (torch.int32, rows * self.list_tile),
             }
         if self.selector == "gaussian":
             fields |= {

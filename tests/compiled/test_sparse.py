@@ -5,6 +5,7 @@ import torch
 from reference.scene import make_scene
 
 from entmaxkv_kernels import Counter, Gaussian, TopK
+from entmaxkv_kernels.triton.workspace import Shape
 
 from .device import DTYPES, Step
 
@@ -106,6 +107,16 @@ def test_equal_pages_go_to_the_earlier_one():
     scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
     pages = check(TopK(64), scene)
     assert torch.equal(pages[0, 0].nonzero().flatten(), torch.tensor([0, 1, 2, 3, 31]))
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
+def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch):
+    monkeypatch.setattr(Shape, "list_tile", 256)
+    scene = sparse_scene(TopK(1000), [700 * 16, 40], kv_heads=1, group=2)
+    if equal:
+        scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
+    pages = check(TopK(1000), scene)
+    assert (pages[0].sum(-1) == 1000 // 16 + 1).all()
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
