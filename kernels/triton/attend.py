@@ -38,9 +38,9 @@ def lower_bound(
 ):  # fmt: skip
     """A lower bound of tau, and whether it is proved.
 
-    Where all scores are listed, it is the threshold of the largest ones of parts of the splits: that
-    of a part is a lower bound of the whole one. A guess is one if the mass above it is at least
-    one, and then a Newton step from it is, too.
+    Where all scores are listed, it is the threshold of the largest ones of parts of the splits:
+    that of a part is a lower bound of the whole one. A guess is one if the mass above it is at
+    least one, and then a Newton step from it is, too.
     """
     proved = filtered == 0
     lower = peak - 1.0
@@ -68,9 +68,9 @@ def filter_kernel(
     p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     s_block_table, list_stride, window, capacity, store_below, limit, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-    SP: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr, WIDTH: tl.constexpr, GUESSED: tl.constexpr,
-    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    CHAINED: tl.constexpr,
+    SP: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr, WIDTH: tl.constexpr,
+    GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    ORDER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Packs the candidates of one query head that lie above a lower bound of tau, with their
     slots, from one part in FP of the lists.
@@ -223,7 +223,6 @@ def attend_kernel(
     await_previous(CHAINED)
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
-    i_row = i_b * HKV + i_h
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
     if i_d + i_hq == 0:

@@ -115,7 +115,17 @@ def box_distance_kernel(
     for i_p in range(i_s * BR, ranked, tl.num_programs(0) * BR):
         o_page = i_p + tl.arange(0, BR)
         b_d = load_distances(
-            p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, page_stride, G, GP, S, SP
+            p_reach,
+            p_page_maximum,
+            p_page_minimum,
+            i_row,
+            o_page,
+            ranked,
+            page_stride,
+            G,
+            GP,
+            S,
+            SP,
         )
         tl.store(p_d + o_page, b_d, mask=o_page < ranked)
         p_class = p_histogram + i_row * CLASSES + (b_d >> CLASS_BITS)
