@@ -6,7 +6,7 @@ endif
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name))))
 BIN := $(VENV)/bin
 # An environment can be active for several clones: each installs itself.
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=10
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --durations=10
 STAMPS := $(VENV)/.entmaxkv-$(firstword $(shell pwd | cksum))
 
 .PHONY: demo test lint setup clean
@@ -17,8 +17,8 @@ demo: $(STAMPS)/run
 
 test: $(STAMPS)/develop lint
 	$(BIN)/coverage erase
-	$(PYTEST) --cov --cov-report=term
-	$(PYTEST) tests/compiled
+	$(PYTEST) --dist=loadfile --cov --cov-report=term
+	$(PYTEST) --dist=load tests/compiled
 
 lint: $(STAMPS)/develop
 	$(BIN)/ruff format --check .

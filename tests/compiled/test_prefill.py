@@ -11,6 +11,8 @@ from .device import DEVICE, DTYPES, on_device
 
 MIXED = torch.tensor([1.0, 1.5, 2.0, 1.25], dtype=torch.float64)
 SLOPES = torch.tensor([0.5, 0.0, -0.25, 0.01])
+LAST_BITS = 2e-5
+"""An error of fp32 that needs no yardstick; with high scores straightforward PyTorch has more."""
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -43,18 +45,18 @@ def check(scene, query_lens=None, **options):
     actual = run(scene, query_lens, **options)
     alphas = alpha.tolist() if isinstance(alpha, torch.Tensor) else alpha
     exact = scene.dense_prefill(query_lens, alpha=alphas, slopes=slopes, window=window)
-    if actual[0].dtype == torch.float32:
-        for chunk, wanted in zip(actual, exact, strict=True):
-            assert not chunk.isnan().any()
-            assert len(chunk) == 0 or (chunk.double() - wanted).abs().max() <= 2e-5
-    else:
-        yardstick = [
-            straightforward_attention(q, k, v, scene.scale, alpha, slopes)
-            for q, k, v in zip(scene.query, scene.key, scene.value, strict=True)
-        ]
-        lengths = [len(chunk) for chunk in actual]
-        yardstick = [y[len(y) - n :] for y, n in zip(yardstick, lengths, strict=True)]
-        assert_no_worse(actual, yardstick, exact)
+    assert not any(chunk.isnan().any() for chunk in actual)
+    errors = torch.cat([(a.double() - e).flatten() for a, e in zip(actual, exact, strict=True)])
+    if actual[0].dtype == torch.float32 and errors.abs().max() <= LAST_BITS:
+        return
+    assert isinstance(alphas, float) and window is None, "the yardstick takes one alpha, no window"
+    yardstick = [
+        straightforward_attention(q, k, v, scene.scale, alpha, slopes)
+        for q, k, v in zip(scene.query, scene.key, scene.value, strict=True)
+    ]
+    lengths = [len(chunk) for chunk in actual]
+    yardstick = [y[len(y) - n :] for y, n in zip(yardstick, lengths, strict=True)]
+    assert_no_worse(actual, yardstick, exact)
 
 
 @dtypes
