@@ -1,8 +1,12 @@
 """The public kernels: validate, then hand over to an implementation.
 
-`implementation` is `"reference"` (plain PyTorch, anywhere) or `"triton"` (compiled, fp16, bf16 and
-fp32; on a CPU only in Triton's interpreter). The reference is the default: the compiled kernels are
-tested in the interpreter, but on a GPU only an earlier revision of decode was.
+`implementation` is `"reference"` (plain PyTorch, anywhere) or `"triton"` (compiled, fp8, fp16, bf16
+and fp32; on a CPU only in Triton's interpreter). The reference is the default: the compiled kernels
+are tested in the interpreter, but on a GPU only an earlier revision of decode was.
+
+A torch.float8_e4m3fn cache holds keys and values divided by `key_scale` and `value_scale`, which
+have to be the same numbers in every call on it, and takes and gives fp16, bf16 or fp32. No other
+cache is scaled.
 """
 
 from collections.abc import Sequence
@@ -17,11 +21,14 @@ from .pages import PagedCache
 from .report import DecodeReport
 from .selectors import Selector
 from .validation import (
+    check_alpha,
     check_append,
     check_attention,
     check_compiled,
     check_decode,
     check_query_start_loc,
+    check_scales,
+    check_strides,
     check_workspace,
     head_alpha,
 )
@@ -29,14 +36,15 @@ from .validation import (
 IMPLEMENTATIONS = ("reference", "triton")
 
 
-def _load(implementation: str, cache: PagedCache) -> Any:
-    """The module that computes for this cache."""
+def _load(implementation: str, cache: PagedCache, **tensors: Tensor | None) -> Any:
+    """The module that computes for this cache, and takes the other tensors as they are strided."""
     if implementation not in IMPLEMENTATIONS:
         expected = " or ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r}; expected {expected}")
     if implementation == "reference":
         return reference
     check_compiled(cache)
+    check_strides(**tensors)
     # Triton is not needed, and not imported, by those who do not use it.
     return import_module(".triton", __package__)
 
@@ -57,6 +65,8 @@ def append(
     value: Tensor,
     slot_mapping: Tensor,
     *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     implementation: str = "reference",
 ) -> None:
     """Write new tokens into their slots and refresh the statistics of the pages they touch.
@@ -65,14 +75,29 @@ def append(
     one written by this call, and never accumulated: pages are reused without being cleared, and
     a sequence fills its pages in order, so rows after the last one written are not its own.
 
-    cache: pages of one layer, fp16, bf16, fp32 or fp64. Written in place.
-    key, value: [tokens, kv_heads, head_size], dtype of the cache.
+    cache: pages of one layer, fp8 (torch.float8_e4m3fn), fp16, bf16, fp32 or fp64. Written in
+        place.
+    key, value: [tokens, kv_heads, head_size], dtype of the cache; fp16, bf16 or fp32 if that is
+        fp8.
     slot_mapping: [tokens] int64, page * page_size + offset; a negative slot skips its token.
+    key_scale, value_scale: what a number in an fp8 cache is multiplied by to give the key or the
+        value, finite and above 0; 1 for any other cache. A quotient out of range is stored as the
+        nearest number in range, +-448. The statistics are those of the stored numbers, not
+        multiplied.
 
-    Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device.
+    Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device, and for
+    a scale out of range or of a cache that is not fp8.
     """
     check_append(cache, key, value, slot_mapping)
-    _load(implementation, cache).append(cache, key, value, slot_mapping)
+    check_scales(cache, key_scale, value_scale)
+    _load(implementation, cache, slot_mapping=slot_mapping).append(
+        cache,
+        key,
+        value,
+        slot_mapping,
+        key_scale=float(key_scale),
+        value_scale=float(value_scale),
+    )
 
 
 def prefill(
@@ -86,6 +111,8 @@ def prefill(
     alpha: float | Sequence[float] | Tensor,
     alibi_slopes: Tensor | None = None,
     sliding_window: int | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     implementation: str = "reference",
@@ -96,17 +123,21 @@ def prefill(
     position seq_len - query_len + i and sees the keys at positions up to its own. Its weights are
     the alpha-entmax of scale * q.k + slope * (key position - query position).
 
-    query: [tokens, query_heads, head_size], dtype of the cache, packed by query_start_loc;
-        query_heads is a multiple of kv_heads, and query heads of one KV head are neighbours.
+    query: [tokens, query_heads, head_size], packed by query_start_loc, dtype of the cache; fp16,
+        bf16 or fp32 if that is fp8. query_heads is a multiple of kv_heads, and query heads of one
+        KV head are neighbours.
     block_table: [B, max_pages] int32 or int64, physical page of each page of a sequence; entries
         past its last page are never read.
     seq_lens: [B] int32 or int64, tokens of each sequence with its chunk.
     query_start_loc: [B + 1] int32 or int64, where each chunk starts in query, and the end.
     scale: factor of q.k, usually head_size ** -0.5.
-    alpha: within [1, 2], one number or one per query head; 1 is softmax, 2 sparsemax.
+    alpha: within [1, 2], one number or one per query head; 1 is softmax, 2 sparsemax. The host
+        reads it, so a tensor on a GPU is waited for.
     alibi_slopes: [query_heads] fp32.
     sliding_window: tokens a query sees, the last ones up to and with its own.
-    out: [tokens, query_heads, head_size] to write to; tokens outside every chunk are left alone.
+    key_scale, value_scale: those that the cache was appended to with.
+    out: [tokens, query_heads, head_size] to write to, dtype of the query; tokens outside every
+        chunk are left alone.
     workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
         `prefill_workspace_size` says; without it they allocate.
 
@@ -116,17 +147,30 @@ def prefill(
     """
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
     check_query_start_loc(query_start_loc, query, seq_lens)
-    return _load(implementation, cache).prefill(
+    check_scales(cache, key_scale, value_scale)
+    alphas = check_alpha(alpha, query.shape[1])
+    compute = _load(
+        implementation,
+        cache,
+        query=query,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        alibi_slopes=alibi_slopes,
+        out=out,
+    )
+    return compute.prefill(
         query,
         cache,
         block_table,
         seq_lens,
         query_start_loc,
-        scale=scale,
-        alpha=head_alpha(alpha, query.shape[1], query.device),
+        scale=scale * key_scale,
+        alpha=head_alpha(alphas, query.device),
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window,
         out=torch.zeros_like(query) if out is None else out,
+        value_scale=float(value_scale),
         **_scratch(implementation, workspace, query),
     )
 
@@ -144,6 +188,8 @@ def decode(
     sliding_window: int | None = None,
     exact_rows: Tensor | None = None,
     exact_below: int = 0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     counters: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -155,15 +201,16 @@ def decode(
     last page is always read. The weights are the exact entmax of what is read and sum to one. All
     query heads of a KV head read the same pages.
 
-    query: [B, query_heads, head_size], dtype of the cache.
-    block_table, seq_lens, scale, alpha, alibi_slopes: as in `prefill`; a sequence of length 0 is
-        padding and gives zeros. The gaussian selector needs every alpha above 1.
+    query: [B, query_heads, head_size], dtype as in `prefill`.
+    block_table, seq_lens, scale, alpha, alibi_slopes, key_scale, value_scale: as in `prefill`; a
+        sequence of length 0 is padding and gives zeros. The gaussian selector needs every alpha
+        above 1.
     selector: Exact(), Gaussian(...) or TopK(...); the cache has to hold the statistics it reads.
     sliding_window: as in `prefill`; every page inside the window is read, whatever the selector.
     exact_rows: [B] bool, sequences to decode exactly.
     exact_below: sequences of at most this many tokens are decoded exactly.
     counters: [len(Counter)] int64, added to in place; see `Counter`.
-    out: [B, query_heads, head_size] to write to.
+    out: [B, query_heads, head_size] to write to, dtype of the query.
     workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
         `decode_workspace_size` says; without it they allocate.
 
@@ -171,15 +218,27 @@ def decode(
     or ValueError as `prefill` does, and for a selector that the cache has no statistics for.
     """
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
-    alpha = head_alpha(alpha, query.shape[1], query.device)
-    check_decode(query, cache, seq_lens, alpha, selector, exact_rows, counters)
-    return _load(implementation, cache).decode(
+    alphas = check_alpha(alpha, query.shape[1])
+    check_decode(query, cache, seq_lens, alphas, selector, exact_rows, counters)
+    check_scales(cache, key_scale, value_scale)
+    compute = _load(
+        implementation,
+        cache,
+        query=query,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        alibi_slopes=alibi_slopes,
+        exact_rows=exact_rows,
+        counters=counters,
+        out=out,
+    )
+    return compute.decode(
         query,
         cache,
         block_table,
         seq_lens,
-        scale=scale,
-        alpha=alpha,
+        scale=scale * key_scale,
+        alpha=head_alpha(alphas, query.device),
         selector=selector,
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window,
@@ -187,6 +246,7 @@ def decode(
         exact_below=exact_below,
         counters=counters,
         out=torch.empty_like(query) if out is None else out,
+        value_scale=float(value_scale),
         **_scratch(implementation, workspace, query),
     )
 
@@ -204,21 +264,24 @@ def analyze_decode(
     sliding_window: int | None = None,
     exact_rows: Tensor | None = None,
     exact_below: int = 0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> DecodeReport:
     """How far `decode` with the same arguments is from exact, per sequence and query head.
 
     Computes both, so it costs more than exact decoding; see `DecodeReport`.
     """
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, None)
-    alpha = head_alpha(alpha, query.shape[1], query.device)
-    check_decode(query, cache, seq_lens, alpha, selector, exact_rows, None)
+    alphas = check_alpha(alpha, query.shape[1])
+    check_decode(query, cache, seq_lens, alphas, selector, exact_rows, None)
+    check_scales(cache, key_scale, value_scale)  # no number of the report depends on value_scale
     return reference.analyze_decode(
         query,
         cache,
         block_table,
         seq_lens,
-        scale=scale,
-        alpha=alpha,
+        scale=scale * key_scale,
+        alpha=head_alpha(alphas, query.device),
         selector=selector,
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window,

@@ -4,6 +4,9 @@ One page holds `page_size` tokens of one KV head as a single contiguous run of e
 
     [key: page_size * head_size][value: page_size * head_size][statistics: n * head_size]
 
+The elements are of one dtype, but that statistics of fp8 pages are bf16, which take two elements
+each: fp8 would leave little of a mean and a deviation.
+
 The statistics live in the page they describe, so whatever moves a page (prefix caching,
 copy-on-write, offloading, KV transfer) moves them along, and they are planned in the same
 memory budget.
@@ -18,6 +21,12 @@ from torch import Tensor
 STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), ("minimum", "maximum"))
 """The sets of page statistics that `append` knows how to keep."""
 
+FP8 = torch.float8_e4m3fn
+"""The dtype of fp8 pages."""
+
+FP8_STATISTICS = torch.bfloat16
+"""The dtype of their statistics."""
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -27,6 +36,7 @@ class PageLayout:
     head_size: elements of one key, and of one value.
     statistics: names of the per-channel page statistics, one vector of `head_size` elements
         each: `()`, `("mean", "std")` or `("minimum", "maximum")`.
+    fp8: whether keys and values are torch.float8_e4m3fn and the statistics bf16.
 
     Raises ValueError when a size is not positive, when the statistics are not one of the sets
     above, or when a page does not divide into a whole number of elements per token.
@@ -35,6 +45,7 @@ class PageLayout:
     page_size: int
     head_size: int
     statistics: tuple[str, ...] = ()
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_size", "head_size"):
@@ -42,17 +53,24 @@ class PageLayout:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.statistics not in STATISTICS:
             raise ValueError(f"statistics is {self.statistics!r}; expected one of {STATISTICS}")
-        if len(self.statistics) * self.head_size % self.page_size:
+        vectors = len(self.statistics) * self.statistics_width
+        if vectors * self.head_size % self.page_size:
             raise ValueError(
                 f"page_size is {self.page_size}; expected a divisor of the "
-                f"{len(self.statistics)} * {self.head_size} statistics elements of a page, so "
+                f"{vectors} * {self.head_size} statistics elements of a page, so "
                 "that a page is a whole number of elements per token"
             )
 
     @property
+    def statistics_width(self) -> int:
+        """Elements of the page that one number of the statistics takes."""
+        return FP8_STATISTICS.itemsize // FP8.itemsize if self.fp8 else 1
+
+    @property
     def elements_per_page(self) -> int:
         """Elements of one page of one KV head."""
-        return (2 * self.page_size + len(self.statistics)) * self.head_size
+        vectors = 2 * self.page_size + len(self.statistics) * self.statistics_width
+        return vectors * self.head_size
 
     @property
     def elements_per_token(self) -> int:
@@ -64,7 +82,8 @@ class PagedCache(NamedTuple):
     """Views of one layer's pages; they share memory with the tensor that was split.
 
     key, value: [num_pages, kv_heads, page_size, head_size]
-    statistics: [num_pages, kv_heads, len(layout.statistics), head_size]
+    statistics: [num_pages, kv_heads, len(layout.statistics), head_size], of the same dtype; bf16
+        where that is fp8
     """
 
     key: Tensor
@@ -77,10 +96,13 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
     """View raw pages as keys, values and statistics, without copying.
 
     pages: [num_pages, kv_heads, page_size, elements_per_token], the last two dimensions
-        contiguous (a page is one run of memory), the first two with any stride.
+        contiguous (a page is one run of memory), the first two with any stride;
+        torch.float8_e4m3fn if the layout is fp8, else of any other dtype.
 
-    Raises ValueError when the shape or the strides do not fit the layout.
+    Raises TypeError when the dtype does not fit the layout, ValueError when the shape or the
+    strides do not.
     """
+    _check_dtype(pages.dtype, layout)
     expected = (layout.page_size, layout.elements_per_token)
     if pages.dim() != 4 or tuple(pages.shape[2:]) != expected:
         raise ValueError(
@@ -93,18 +115,27 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
             f"contiguous, with strides ({layout.elements_per_token}, 1)"
         )
 
-    def part(first: int, vectors: int) -> Tensor:
+    place = (pages.storage_offset(), *pages.stride()[:2])
+    width = layout.statistics_width
+    if any(distance % width for distance in place):
+        raise ValueError(
+            f"pages has storage offset {place[0]} and strides {place[1:]} between pages and heads; "
+            f"expected multiples of {width}, as the statistics are {FP8_STATISTICS}"
+        )
+
+    def part(first: int, vectors: int, width: int = 1) -> Tensor:
         return pages.as_strided(
-            (*pages.shape[:2], vectors, layout.head_size),
-            (*pages.stride()[:2], layout.head_size, 1),
+            (*pages.shape[:2], vectors, width * layout.head_size),
+            (*pages.stride()[:2], width * layout.head_size, 1),
             pages.storage_offset() + first * layout.head_size,
         )
 
     size = layout.page_size
+    statistics = part(2 * size, len(layout.statistics), width)
     return PagedCache(
         key=part(0, size),
         value=part(size, size),
-        statistics=part(2 * size, len(layout.statistics)),
+        statistics=statistics.view(FP8_STATISTICS) if layout.fp8 else statistics,
         layout=layout,
     )
 
@@ -113,9 +144,23 @@ def allocate_pages(
     num_pages: int,
     kv_heads: int,
     layout: PageLayout,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Zeroed raw pages for use without a serving engine, in the shape `split_pages` takes."""
+    """Zeroed raw pages for use without a serving engine, in the shape `split_pages` takes.
+
+    dtype: by default torch.float8_e4m3fn if the layout is fp8, else fp32.
+
+    Raises TypeError when the dtype does not fit the layout.
+    """
+    if dtype is None:
+        dtype = FP8 if layout.fp8 else torch.float32
+    _check_dtype(dtype, layout)
     shape = (num_pages, kv_heads, layout.page_size, layout.elements_per_token)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _check_dtype(dtype: torch.dtype, layout: PageLayout) -> None:
+    if (dtype == FP8) != layout.fp8:
+        expected = FP8 if layout.fp8 else f"a layout with fp8=True for {FP8}"
+        raise TypeError(f"pages has dtype {dtype}; expected {expected}")

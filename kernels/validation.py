@@ -4,17 +4,19 @@ naming the argument, what it was, and what was expected."""
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pages import PagedCache
+from .pages import FP8, PagedCache
 from .report import Counter
 from .selectors import Exact, Gaussian, Selector, TopK
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FP8_INPUTS = (torch.float16, torch.bfloat16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -53,17 +55,36 @@ def _tensor(
 def check_cache(cache: PagedCache) -> None:
     if not isinstance(cache, PagedCache):
         raise TypeError(f"cache is a {type(cache).__name__}; expected a PagedCache")
-    if cache.key.dtype not in _FLOATS:
-        raise TypeError(f"cache has dtype {cache.key.dtype}; expected {_either(_FLOATS)}")
+    if cache.key.dtype not in (*_FLOATS, FP8):
+        raise TypeError(f"cache has dtype {cache.key.dtype}; expected {_either((*_FLOATS, FP8))}")
+
+
+def _inputs(cache: PagedCache) -> tuple[torch.dtype, ...]:
+    """The dtypes of keys, values and queries that go with a cache."""
+    return _FP8_INPUTS if cache.key.dtype == FP8 else (cache.key.dtype,)
+
+
+def check_scales(cache: PagedCache, key_scale: float, value_scale: float) -> None:
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        # The number in a tensor on a GPU could not be read without waiting for the GPU.
+        if not isinstance(scale, int | float):
+            raise TypeError(f"{name} is a {type(scale).__name__}; expected a float")
+        _require(scale > 0 and math.isfinite(scale), name, scale, "a finite number above 0")
+        _require(
+            scale == 1 or cache.key.dtype == FP8,
+            name,
+            scale,
+            f"1 with a cache of dtype {cache.key.dtype}: only {FP8} is scaled",
+        )
 
 
 def check_append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
     check_cache(cache)
-    device, dtype = cache.key.device, cache.key.dtype
+    device, dtypes = cache.key.device, _inputs(cache)
     _tensor("slot_mapping", slot_mapping, ("tokens",), (torch.int64,), device)
     shape = (len(slot_mapping), cache.key.shape[1], cache.layout.head_size)
-    _tensor("key", key, shape, (dtype,), device)
-    _tensor("value", value, shape, (dtype,), device)
+    _tensor("key", key, shape, dtypes, device)
+    _tensor("value", value, shape, dtypes, device)
 
 
 def check_attention(
@@ -78,8 +99,9 @@ def check_attention(
 ) -> None:
     """What prefill and decode have in common."""
     check_cache(cache)
-    device, dtype, kv_heads = cache.key.device, cache.key.dtype, cache.key.shape[1]
-    _tensor("query", query, ("tokens", "query_heads", cache.layout.head_size), (dtype,), device)
+    device, kv_heads = cache.key.device, cache.key.shape[1]
+    shape = ("tokens", "query_heads", cache.layout.head_size)
+    _tensor("query", query, shape, _inputs(cache), device)
     query_heads = query.shape[1]
     _require(
         query_heads > 0 and query_heads % kv_heads == 0,
@@ -95,7 +117,7 @@ def check_attention(
     if sliding_window is not None:
         _require(sliding_window >= 1, "sliding_window", sliding_window, "None or at least 1 token")
     if out is not None:
-        _tensor("out", out, tuple(query.shape), (dtype,), device)
+        _tensor("out", out, tuple(query.shape), (query.dtype,), device)
     if device.type == "cpu" and len(seq_lens):
         longest = int(seq_lens.max())
         capacity = block_table.shape[1] * cache.layout.page_size
@@ -133,7 +155,7 @@ def check_decode(
     query: Tensor,
     cache: PagedCache,
     seq_lens: Tensor,
-    alpha: float | Tensor,
+    alphas: tuple[float, ...],
     selector: Selector,
     exact_rows: Tensor | None,
     counters: Tensor | None,
@@ -149,9 +171,8 @@ def check_decode(
         f"{selector.statistics}, which the {selector.name} selector reads",
     )
     if isinstance(selector, Gaussian):
-        softmax = bool((alpha == 1).any()) if isinstance(alpha, Tensor) else alpha == 1
         _require(
-            not softmax,
+            1.0 not in alphas,
             "alpha",
             "1 (softmax) for some head",
             "above 1 with the gaussian selector: softmax has no threshold to estimate",
@@ -166,8 +187,24 @@ def check_compiled(cache: PagedCache) -> None:
     """What the compiled kernels ask of a cache beyond what the reference does."""
     if cache.key.dtype == torch.float64:
         raise TypeError(
-            "cache has dtype torch.float64; expected fp16, bf16 or fp32 for implementation 'triton'"
+            "cache has dtype torch.float64; expected fp8, fp16, bf16 or fp32 for implementation "
+            "'triton'"
         )
+    if cache.key.dtype == FP8 and cache.key.is_cuda:
+        capability = torch.cuda.get_device_capability(cache.key.device)
+        _require(
+            capability >= (8, 9),
+            "cache",
+            f"of dtype {FP8} on a GPU of compute capability {capability[0]}.{capability[1]}",
+            "at least 8.9 for implementation 'triton'",
+        )
+    _require(
+        cache.key.stride() == cache.value.stride()
+        and cache.key.stride()[2:] == (cache.layout.head_size, 1),
+        "cache",
+        f"strided {cache.key.stride()} for keys and {cache.value.stride()} for values",
+        "the views that split_pages gives for implementation 'triton'",
+    )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     _require(
         cache.key.device.type != "cpu" or interpreted,
@@ -182,10 +219,20 @@ def check_workspace(workspace: Tensor, query: Tensor) -> None:
     _require(workspace.is_contiguous(), "workspace", "strided", "contiguous memory")
 
 
-def head_alpha(
-    alpha: float | Sequence[float] | Tensor, query_heads: int, device: torch.device
-) -> float | Tensor:
-    """alpha as one number if all heads agree, else as an fp64 tensor [query_heads]."""
+def check_strides(**tensors: Tensor | None) -> None:
+    """The compiled kernels take elements of the last dimension for neighbours in memory."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1:
+            _require(
+                tensor.stride(-1) == 1,
+                name,
+                f"strided by {tensor.stride(-1)} elements in its last dimension",
+                "1 for implementation 'triton': make it contiguous",
+            )
+
+
+def check_alpha(alpha: float | Sequence[float] | Tensor, query_heads: int) -> tuple[float, ...]:
+    """alpha as one number if all heads agree, else as one per query head."""
     if isinstance(alpha, int | float):
         values = [float(alpha)]
     elif isinstance(alpha, Tensor | Sequence) and not isinstance(alpha, str):
@@ -194,6 +241,12 @@ def head_alpha(
     else:
         raise TypeError(f"alpha is {alpha!r}; expected one number or {query_heads}")
     _require(all(1 <= a <= 2 for a in values), "alpha", values, "within [1, 2]")
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return tuple(values[:1] if len(set(values)) == 1 else values)
+
+
+@cache
+def head_alpha(alphas: tuple[float, ...], device: torch.device) -> float | Tensor:
+    """One number, or an fp64 tensor [query_heads], which is made once: a CUDA graph keeps it."""
+    if len(alphas) == 1:
+        return alphas[0]
+    return torch.tensor(alphas, dtype=torch.float64, device=device)

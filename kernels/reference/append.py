@@ -3,24 +3,42 @@
 import torch
 from torch import Tensor
 
-from ..pages import PagedCache
+from ..pages import FP8, PagedCache
 from .scores import compute_dtype
 
 STD_FLOOR = 1e-6
 """Least standard deviation kept for a channel, as in EntmaxKV."""
 
 
-def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+def append(
+    cache: PagedCache,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
     """See `entmaxkv_kernels.append`."""
     written = slot_mapping >= 0
     if not written.all():
         slot_mapping, key, value = slot_mapping[written], key[written], value[written]
     page_size = cache.layout.page_size
     page, offset = slot_mapping // page_size, slot_mapping % page_size
+    if cache.key.dtype == FP8:
+        key, value = _to_fp8(key, key_scale), _to_fp8(value, value_scale)
     cache.key[page, :, offset] = key
     cache.value[page, :, offset] = value
     if cache.layout.statistics:
         _refresh_statistics(cache, page, offset)
+
+
+def _to_fp8(x: Tensor, scale: float) -> Tensor:
+    """x / scale, saturated and rounded; NaN stays NaN."""
+    # By a tensor, because a GPU divides by a number as it multiplies by its rounded reciprocal.
+    quotient = x.float() / torch.tensor(scale, dtype=torch.float32, device=x.device)
+    limit = torch.finfo(FP8).max
+    return quotient.clamp_(-limit, limit).to(FP8)
 
 
 def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None:
@@ -35,15 +53,15 @@ def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None
     rows = torch.arange(cache.layout.page_size, device=page.device)
     valid = (rows <= last[:, None])[:, None, :, None]  # [pages, 1, page_size, 1]
     key = cache.key[touched]  # [pages, kv_heads, page_size, head_size]
+    key = key.to(compute_dtype(key.dtype))
     if cache.layout.statistics == ("minimum", "maximum"):
         low = key.masked_fill(~valid, torch.inf).amin(2)
         high = key.masked_fill(~valid, -torch.inf).amax(2)
         statistics = torch.stack((low, high), 2)
     else:
         count = (last + 1)[:, None, None]
-        key = key.to(compute_dtype(key.dtype))
         mean = key.masked_fill(~valid, 0).sum(2) / count
         deviation = (key - mean[:, :, None]).masked_fill_(~valid, 0)
         std = (deviation.square_().sum(2) / count).sqrt_().clamp_min_(STD_FLOOR)
-        statistics = torch.stack((mean, std), 2).to(cache.statistics.dtype)
-    cache.statistics[touched] = statistics
+        statistics = torch.stack((mean, std), 2)
+    cache.statistics[touched] = statistics.to(cache.statistics.dtype)

@@ -36,6 +36,7 @@ def decode(
     exact_below: int,
     counters: Tensor | None,
     out: Tensor,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """See `entmaxkv_kernels.decode`."""
     seq_lens = seq_lens.long()
@@ -58,7 +59,7 @@ def decode(
     for rows in attend_pages(
         scaled, cache, block_table, seq_lens, selection.selected, alpha, slopes, sliding_window
     ):
-        grouped_out[rows.sequence, rows.head] = rows.output.to(out.dtype)
+        grouped_out[rows.sequence, rows.head] = (rows.output * value_scale).to(out.dtype)
         if counters is not None:
             support += (rows.weights > 0).sum()
     if counters is not None:

@@ -31,6 +31,7 @@ def prefill(
     alibi_slopes: Tensor | None,
     sliding_window: int | None,
     out: Tensor,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """See `entmaxkv_kernels.prefill`."""
     query, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
@@ -45,7 +46,7 @@ def prefill(
         visible = 0 if sliding_window is None else max(0, first + 1 - sliding_window)
         first_page = visible // page_size
         pages = block_table[sequence, first_page : -(-seq_len // page_size)].long()
-        out[start:end] = _prefill_sequence(
+        attended = _prefill_sequence(
             query[start:end],
             cache,
             pages,
@@ -55,6 +56,7 @@ def prefill(
             slopes,
             sliding_window,
         )
+        out[start:end] = attended * value_scale
     return out
 
 

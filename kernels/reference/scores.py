@@ -7,8 +7,8 @@ from .entmax import score_factor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for fp16, bf16 and fp32 data; fp64 for fp64 data."""
-    return torch.promote_types(dtype, torch.float32)
+    """fp64 for fp64 data, fp32 for any other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scale_to_scores(

@@ -3,12 +3,14 @@
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pages import STATISTICS, PagedCache
+from ..pages import FP8, STATISTICS, PagedCache
 
+FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
 STD_FLOOR = tl.constexpr(1e-6)
 
 LONG_PROMPT = 1024
@@ -16,10 +18,20 @@ LONG_PROMPT = 1024
 
 
 @triton.jit
+def to_stored(b_rows, scale, dtype: tl.constexpr):
+    """Rows as a cache of that dtype holds them: in fp8 divided by the scale and saturated."""
+    if dtype == tl.float8e4nv:
+        b_rows = tl.div_rn(b_rows.to(tl.float32), scale)
+        b_rows = tl.clamp(b_rows, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return b_rows.to(dtype)
+
+
+@triton.jit
 def write_page(
     p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
-    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, key_scale, value_scale,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of the page of which token i_t is the last one, and its statistics.
 
@@ -40,8 +52,11 @@ def write_page(
     o_key = i_h * s_key_head + o_token[:, None] * s_key_token + o_d[None, :]
     o_value = i_h * s_value_head + o_token[:, None] * s_value_token + o_d[None, :]
     b_key = tl.load(p_key + o_key, mask=m_new, other=0.0)  # [P, DP]
+    b_key = to_stored(b_key, key_scale, p_cache_key.dtype.element_ty)
     tl.store(p_cache_key + o_row, b_key, mask=m_new)
-    tl.store(p_cache_value + o_row, tl.load(p_value + o_value, mask=m_new), mask=m_new)
+    b_value = tl.load(p_value + o_value, mask=m_new)
+    b_value = to_stored(b_value, value_scale, p_cache_value.dtype.element_ty)
+    tl.store(p_cache_value + o_row, b_value, mask=m_new)
     if STATISTICS > 0:
         b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
         b_key = tl.where(m_new, b_key, b_old).to(tl.float32)  # [P, DP]
@@ -55,7 +70,7 @@ def write_page(
         else:
             b_first = tl.min(tl.where(m_row, b_key, float("inf")), 0)
             b_second = tl.max(tl.where(m_row, b_key, -float("inf")), 0)
-        p_first = p_statistics + o_page + o_d
+        p_first = p_statistics + o_page // WIDTH + o_d
         tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
@@ -63,13 +78,15 @@ def write_page(
 @triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
     p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics,
-    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, tokens,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, key_scale, value_scale,
+    tokens,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
 
-    It is the last one when the page is full or the next token is not the next slot.
+    It is the last one when the page is full or the next token is not the next slot. Strides are in
+    elements of the cache, of which a number of the statistics takes WIDTH.
     """
     i_h = tl.program_id(1).to(tl.int64)
     for i in range(TOKENS):
@@ -80,12 +97,20 @@ def append_kernel(
             write_page(
                 p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
                 s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
-                D, DP, P, STATISTICS,
+                key_scale, value_scale, D, DP, P, STATISTICS, WIDTH,
             )  # fmt: skip
 
 
-def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-    """See `entmaxkv_kernels.append`; fp16, bf16 and fp32.
+def append(
+    cache: PagedCache,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
+    """See `entmaxkv_kernels.append`; fp8, fp16, bf16 and fp32.
 
     The rows of one page that a call writes have to be neighbours in the call, in the order of
     their slots, as the tokens of one sequence are.
@@ -107,11 +132,14 @@ def append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) 
         *key.stride()[:2],
         *value.stride()[:2],
         *cache.key.stride()[:2],
+        key_scale,
+        value_scale,
         tokens,
         D=head_size,
         DP=padded,
         P=cache.layout.page_size,
         STATISTICS=STATISTICS.index(cache.layout.statistics),
+        WIDTH=cache.layout.statistics_width,
         TOKENS=block,
         num_warps=max(4, cache.layout.page_size * padded // 1024),
     )

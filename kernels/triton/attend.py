@@ -36,14 +36,16 @@ def lower_bound(
     p_guess, p_mass, p_slope, o_head, o_a, b_maximum, peak, filtered, b,
     S: tl.constexpr, GUESSED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """A lower bound of tau, and whether it is proved.
+    """A lower bound of tau, less the largest score `peak`, and whether it is proved.
+
+    b_maximum: the largest scores of parts of the splits, less the peak.
 
     Where all scores are listed, it is the threshold of the largest ones of parts of the splits:
     that of a part is a lower bound of the whole one. A guess is one if the mass above it is at
     least one, and then a Newton step from it is, too.
     """
     proved = filtered == 0
-    lower = peak - 1.0
+    lower = -1.0
     if filtered == 0:
         for _ in tl.static_range(PEAK_STEPS):
             mass, slope = sum_moments(b_maximum, lower, b, ORDER)
@@ -56,7 +58,7 @@ def lower_bound(
         mass, slope = sum_pairs((b_mass, tl.load(p_slope + o_own, mask=m_a, other=0.0)))
         # Not "at least": a mass that is no number shows in the output.
         proved = ~(mass < 1.0)
-        lower = tl.maximum(lower, guess + newton_step(mass, slope, 1.0, b, ORDER))
+        lower = tl.maximum(lower, guess - peak + newton_step(mass, slope, 1.0, b, ORDER))
     return lower, proved
 
 
@@ -74,6 +76,9 @@ def filter_kernel(
 ):  # fmt: skip
     """Packs the candidates of one query head that lie above a lower bound of tau, with their
     slots, from one part in FP of the lists.
+
+    What is packed, and the bound, are less the largest score: such differences are exact near it,
+    where the threshold may lie closer than the scores' own precision.
 
     JC places of every list are looked at together, WIDTH being the threads of the program: the
     positions of what a thread keeps are a sum within the thread.
@@ -111,6 +116,7 @@ def filter_kernel(
     peak = tl.max(b_maximum, 0)
     # Of an empty row, or one of scores that are no numbers.
     peak = tl.where(peak > -float("inf"), peak, 0.0)
+    b_maximum -= peak
     lower, proved = lower_bound(
         p_guess, p_mass, p_slope, i_head, o_a, b_maximum, peak, filtered, b, S, GUESSED, ORDER
     )
@@ -125,7 +131,7 @@ def filter_kernel(
     longest = tl.max(tl.where(proved, b_count, 0), 0)
     kept = 0
     for i_j in tl.range(0, longest, JC, num_stages=1):
-        b_z = b_next  # [SF * JC]
+        b_z = b_next - peak  # [SF * JC]
         m_next = i_j + JC + o_j < b_count
         b_next = tl.load(p_score + i_j + JC + o_list, mask=m_next, other=-float("inf"))
         # Not "greater": a NaN is kept.
@@ -209,7 +215,7 @@ def load_values(p_value, b_slot, b_weight, o_d, s_page, D: tl.constexpr, P: tl.c
 def attend_kernel(
     p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     p_barrier, p_out, p_counters,
-    s_out_b, s_out_h, s_page, s_head, window, limit, factor, exponent,
+    s_out_b, s_out_h, s_page, s_head, window, limit, factor, exponent, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, COUNT: tl.constexpr,
@@ -271,7 +277,7 @@ def attend_kernel(
         b_support += (b_w != 0.0).to(tl.int32)
         b_w, b_v = b_next, b_next_v
     total = tl.sum(b_total, 0)
-    b_out = tl.sum(b_acc, 0) / tl.where(total == 0.0, 1.0, total)
+    b_out = tl.sum(b_acc, 0) / tl.where(n > 0, total, 1.0) * value_scale
     p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
     tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
     if COUNT and i_d == 0:

@@ -36,9 +36,10 @@ def decode(
     exact_below: int,
     counters: Tensor | None,
     out: Tensor,
+    value_scale: float = 1.0,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """See `entmaxkv_kernels.decode`; fp16, bf16 and fp32.
+    """See `entmaxkv_kernels.decode`; fp8, fp16, bf16 and fp32.
 
     workspace: [bytes] uint8, contiguous, at least what `decode_workspace_size` says for speed; its
         content does not matter. Without it the step allocates one.
@@ -65,7 +66,6 @@ def decode(
         "p_query": query,
         "p_key": cache.key,
         "p_value": cache.value,
-        "p_statistics": cache.statistics,
         "p_block_table": block_table,
         "p_seq_lens": seq_lens,
         "p_exact_rows": exact_rows,
@@ -89,6 +89,7 @@ def decode(
         "rows": shape.batch * shape.kv_heads,
         "store_below": store_below,
         "scale": scale,
+        "value_scale": value_scale,
         "factor": 1.0 if isinstance(alpha, Tensor) else score_factor(alpha),
         "exponent": b,
         "HKV": shape.kv_heads,
@@ -115,7 +116,7 @@ def decode(
     }
     arguments = {"p_listed": None, "p_listed_count": None, "p_found": None} | arguments
     if not isinstance(selector, Exact):
-        _list_pages(shape, selector, arguments)
+        _list_pages(shape, cache.statistics, selector, arguments)
     if isinstance(alpha, Tensor) or alpha == 1:
         _attend_softmax(shape, arguments)
     if isinstance(alpha, Tensor) or alpha > 1:
@@ -142,7 +143,7 @@ def step_shape(
         kv_heads,
         query.shape[2],
         page_size,
-        query.dtype,
+        cache.key.dtype,
         block_table.shape[1] * page_size,
         processors(query.device),
         selector.name,
@@ -150,10 +151,15 @@ def step_shape(
     )
 
 
-def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, Any]) -> None:
+def _list_pages(
+    shape: Shape, statistics: Tensor, selector: Gaussian | TopK, arguments: dict[str, Any]
+) -> None:
     """Choose the pages of every row and list them."""
     splits = shape.page_splits
     arguments = arguments | {
+        "p_statistics": statistics,
+        "s_page": statistics.stride(0),
+        "s_head": statistics.stride(1),
         "S": splits,
         "SP": triton.next_power_of_2(splits),
         "BP": shape.page_tile,
@@ -178,7 +184,7 @@ def _list_pages(shape: Shape, selector: Gaussian | TopK, arguments: dict[str, An
         )
     else:
         normal, root = NormalDist(), 1 / shape.page_size
-        precision = "ieee" if shape.dtype == torch.float32 else "tf32"
+        precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"
         _launch(model_kernel, rows, arguments, PRECISION=precision, num_warps=_warps(shape))
         _launch(
             cut_kernel,
@@ -229,7 +235,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         BV=warps * 1024 // (shape.padded_head_size // shape.value_parts),
         num_warps=warps,
     )
-    if guessed or shape.max_read > shape.near * filters:
+    if guessed or shape.near < shape.most_near:
         # Interpreted programs run one after the other, and cannot wait for each other.
         on_gpu = arguments["p_query"].is_cuda
         _launch(
@@ -245,13 +251,14 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
 def _attend_softmax(shape: Shape, arguments: dict[str, Any]) -> None:
     """The same for heads of alpha = 1."""
     rows = (shape.splits, shape.kv_heads, shape.batch)
-    _launch(softmax_kernel, rows, arguments, BN=64, STAGES=2, num_warps=_warps(shape))
+    tile = max(64, shape.page_size)
+    _launch(softmax_kernel, rows, arguments, BN=tile, STAGES=2, num_warps=_warps(shape))
     _launch(softmax_combine_kernel, (shape.query_heads, shape.batch), arguments)
 
 
 def _warps(shape: Shape) -> int:
     """Warps of a program that holds tiles of rows: rows of more than 512 bytes take more."""
-    return 8 if shape.padded_head_size * shape.dtype.itemsize > 512 else 4
+    return 8 if shape.row_size > 512 else 4
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:

@@ -16,6 +16,8 @@ NEWTON_STEPS = tl.constexpr(40)
 # A Newton step squares the excess mass up to a constant, so the step taken from here is exact to
 # fp32.
 EXCESS_MASS = tl.constexpr(1e-4)
+# Scales weights that fp16 values are multiplied by: small ones would lose their precision in fp16.
+FP16_WEIGHT = tl.constexpr(1 << 14)
 
 
 @triton.jit
@@ -87,7 +89,8 @@ def newton_step(mass, slope, root, exponent, ORDER: tl.constexpr):
     mass = sum x ** b and slope = sum x ** (b - 1) at the bound.
     """
     length = norm(mass, exponent, ORDER)
-    step = (length - root) * mass / tl.maximum(length * slope, 1e-30)
+    # Quotients of what grows together: products of the sums could leave the range of fp32.
+    step = (1.0 - root / length) * (mass / tl.maximum(slope, 1e-30))
     return tl.where(length > root, step, 0.0)
 
 

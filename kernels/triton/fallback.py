@@ -14,14 +14,16 @@ import triton.language as tl
 from .attend import DONE
 from .collect import CLASSES
 from .counters import SUPPORT
-from .entmax import norm, weigh, weigh_scores
+from .entmax import FP16_WEIGHT, norm, weigh, weigh_scores
 from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
 from .values import weighted_columns
 
 # Thresholds that a pass over the keys tries, and the most passes: a bracket of width one shrinks
 # by that factor in each.
 TRIALS = tl.constexpr(32)
-PASSES = tl.constexpr(6)
+PASSES = tl.constexpr(9)
+# The width of a bracket, as a share of the distance from the largest score, at which it ends.
+NARROW = tl.constexpr(2e-7)
 # Rows whose states are looked at together.
 STATES = tl.constexpr(1024)
 
@@ -71,13 +73,13 @@ def narrow_bracket(b_mass, b_low, b_high, b_exponent, ORDER: tl.constexpr):
     return tl.minimum(b_trial + b_rise, b_high), b_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def fallback_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
     p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
     p_out, p_counters,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    rows, scale, factor, exponent,
+    rows, scale, factor, exponent, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
@@ -115,12 +117,15 @@ def fallback_kernel(
             m_m = m_g[:, None] & (o_s < S * CLASSES)[None, :]
             b_peak = tl.max(tl.load(p_m, mask=m_m, other=-float("inf")), 1)  # [GP]
             m_open = (b_state > DONE) & (b_peak > -float("inf"))
-            b_high = tl.where(m_open, b_peak, 0.0)
-            b_low = tl.where(m_open, b_peak - 1.0, 0.0)
-            # What fp32 tells apart.
-            b_narrow = tl.maximum(tl.abs(b_high) * 2e-7, 1e-7)
+            # Scores and thresholds are less the largest score. Of n equal scores the threshold is
+            # n ** (-1 / b) below them, and nowhere is it nearer.
+            b_peak = tl.where(m_open, b_peak, 0.0)
+            b_log = tl.log2((entries * P).to(tl.float32))
+            b_high = tl.where(m_open, -tl.exp2(-b_log / b_exponent), 0.0)
+            b_low = tl.where(m_open, -1.0, 0.0)
             passes = 0
-            wide = tl.max(tl.where(m_open & (b_high - b_low > b_narrow), 1, 0), 0)
+            m_wide = b_high - b_low > -NARROW * b_high
+            wide = tl.max((m_open & m_wide).to(tl.int32), 0)
             while (wide > 0) & (passes < PASSES):
                 b_step = (b_high - b_low) / TRIALS
                 b_trial = b_low[:, None] + b_step[:, None] * o_j[None, :]  # [GP, TRIALS]
@@ -134,6 +139,7 @@ def fallback_kernel(
                     b_z = score_rows(
                         b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
                     )  # [BN, GP]
+                    b_z -= b_peak[None, :]
                     b_x = tl.maximum(b_z[:, :, None] - b_trial[None, :, :], 0.0)
                     b_mass += weigh(b_x, b_exponent[None, :, None], ORDER)
                 # Two buffers: a program may be one meeting ahead of those that still read.
@@ -147,7 +153,8 @@ def fallback_kernel(
                 b_lower, b_upper = narrow_bracket(b_sum, b_low, b_high, b_exponent, ORDER)
                 b_low = tl.where(m_open, b_lower, b_low)
                 b_high = tl.where(m_open, b_upper, b_high)
-                wide = tl.max(tl.where(m_open & (b_high - b_low > b_narrow), 1, 0), 0)
+                m_wide = b_high - b_low > -NARROW * b_high
+                wide = tl.max((m_open & m_wide).to(tl.int32), 0)
                 passes += 1
 
             # Heads that are done take no part: nothing lies above their threshold.
@@ -164,14 +171,17 @@ def fallback_kernel(
                 b_z = score_rows(
                     b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
                 )  # [BN, GP]
+                b_z -= b_peak[None, :]
                 b_w = weigh_scores(b_z, b_low[None, :], b_exponent[None, :], ORDER)
+                if b_q.dtype == tl.float16:
+                    b_w *= FP16_WEIGHT
                 m_support = (b_w != 0.0).to(tl.int32)
                 b_support += tl.sum(m_support, 0)
                 b_total += tl.sum(b_w, 0)
                 o_v = b_page.to(tl.int64) * s_page + (o_n % P) * D
                 m_v = (tl.max(m_support, 1) > 0)[:, None] & (o_d < D)[None, :]
                 b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_v, other=0.0)  # [BN, DP]
-                b_acc = weighted_columns(b_w, b_v, b_acc)
+                b_acc = weighted_columns(b_w, b_v.to(b_q.dtype), b_acc)
             o_part = i_p * G + o_g
             tl.store(p_total + o_part, b_total, mask=m_g)
             tl.store(p_support + o_part, b_support, mask=m_g)
@@ -189,7 +199,8 @@ def fallback_kernel(
                         total += tl.load(p_total + i_part)
                         support += tl.load(p_support + i_part)
                     p_o = p_out + i_b.to(tl.int64) * s_out_b + (i_h * G + i_g) * s_out_h + o_d
-                    tl.store(p_o, (b_out / total).to(p_out.dtype.element_ty), mask=o_d < D)
+                    b_out = b_out / total * value_scale
+                    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
                     if COUNT:
                         tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
             # The parts are written again for the next row.

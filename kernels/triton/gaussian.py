@@ -65,7 +65,7 @@ def model_kernel(
         b_page = b_next
         b_next = tl.load(p_table + o_page + S * BP, mask=o_page + S * BP < ranked, other=0)
         b_mean, b_std = load_statistics(p_stat, b_page, o_d, s_page, D)  # [BP, DP]
-        b_m = tl.dot(b_mean, b_q, input_precision="ieee") * scale  # [BP, GP]
+        b_m = tl.dot(b_mean.to(b_q.dtype), b_q, input_precision="ieee") * scale  # [BP, GP]
         b_std = b_std.to(tl.float32)
         b_v = tl.dot(b_std * b_std, b_square, input_precision=PRECISION)
         b_dev = tl.maximum(tl.sqrt(tl.maximum(b_v, 0.0)), LEAST_DEVIATION)

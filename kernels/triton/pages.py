@@ -38,7 +38,7 @@ def ranked_pages(
 
 @triton.jit
 def load_statistics(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
-    """The two statistics of pages, [BP, DP] each."""
+    """The two statistics of pages, [BP, DP] each; s_page is in elements of them."""
     p_s = p_statistics + (b_page.to(tl.int64) * s_page)[:, None] + o_d[None, :]
     if o_d.shape[0] == D:
         return tl.load(p_s), tl.load(p_s + D)

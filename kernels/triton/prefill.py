@@ -38,7 +38,7 @@ class Tiles:
 
 
 def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
-    """Tiles whose accumulators stay in registers."""
+    """Tiles for queries of a dtype, whose accumulators stay in registers."""
     if dtype == torch.float32:
         rows = 32 if padded_head_size < 256 else 16
         return Tiles(rows, 32, warps=4, stages=2, value_stages=1, resident=2)
@@ -60,8 +60,10 @@ def prefill_workspace_size(
 
     A program needs five bytes for each key tile of the longest sequence, and there are a few
     programs per multiprocessor, whatever the number of queries: 21 MB on an H200 for 2**20 tokens
-    and bf16 heads of 128. max_tokens: columns of the block table times page_size. As
-    little as one program's share gives the same results.
+    and bf16 heads of 128. As little as one program's share gives the same results.
+
+    dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take twice as much.
+    max_tokens: columns of the block table times page_size.
     """
     tiles = tiles_for(dtype, triton.next_power_of_2(head_size))
     programs = tiles.resident * processors(torch.device(device))
@@ -85,9 +87,10 @@ def prefill(
     alibi_slopes: Tensor | None,
     sliding_window: int | None,
     out: Tensor,
+    value_scale: float = 1.0,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """See `entmaxkv_kernels.prefill`; fp16, bf16 and fp32.
+    """See `entmaxkv_kernels.prefill`; fp8, fp16, bf16 and fp32.
 
     alpha: one number, or [query_heads] fp64.
     query, out: contiguous in their last dimension.
@@ -103,7 +106,8 @@ def prefill(
     padded_head_size = max(16, triton.next_power_of_2(head_size))
     tiles = tiles_for(query.dtype, padded_head_size)
     group = query_heads // kv_heads
-    queries = tiles.rows // group
+    rows = max(tiles.rows, triton.next_power_of_2(group))
+    queries = rows // group
     # Upper bound of the tiles of any division of the tokens into sequences.
     tile_count = tokens // queries + batch
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
@@ -128,6 +132,7 @@ def prefill(
         "tiles": tile_count,
         "window": sliding_window or 0,
         "scale": scale,
+        "value_scale": value_scale,
         "factor": 1.0 if isinstance(alpha, Tensor) else score_factor(alpha),
         "exponent": b,
         "HKV": kv_heads,
@@ -136,7 +141,7 @@ def prefill(
         "DP": padded_head_size,
         "P": page_size,
         "BQ": queries,
-        "BM": tiles.rows,
+        "BM": rows,
         "BN": tiles.keys,
     }
     per_head = isinstance(alpha, Tensor)

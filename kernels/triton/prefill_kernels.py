@@ -15,7 +15,7 @@ keys, every later one only the key tiles that had such a score in the pass befor
 import triton
 import triton.language as tl
 
-from .entmax import head_parameters, newton_step, weigh, weights_and_slopes
+from .entmax import FP16_WEIGHT, head_parameters, newton_step, weigh_scores, weights_and_slopes
 
 # Keys at the start of what a tile sees that the first lower bound is taken from; the others are
 # its last ones.
@@ -92,11 +92,18 @@ def load_rows(
 
 @triton.jit
 def score(
-    b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+    b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
     ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores z [BM, BN], -inf where not visible, up to a constant per row, which entmax ignores."""
-    b_z = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_scale[:, None]
+    """Scores z [BM, BN], -inf where not visible, up to a constant per row, which entmax ignores.
+
+    b_base is taken off first: a score near it is exact, where the threshold may lie closer than
+    the scores' own precision.
+
+    fp8 keys become the queries' dtype, which is exact.
+    """
+    b_k = tl.trans(b_k.to(b_q.dtype))
+    b_z = tl.dot(b_q, b_k, input_precision="ieee") * b_scale[:, None] - b_base[:, None]
     if ALIBI:
         b_z += b_slope[:, None] * (o_key - position).to(tl.float32)[None, :]
     if MASKED:
@@ -109,12 +116,13 @@ def score(
 
 @triton.jit
 def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
-    """sum x ** b and sum x ** (b - 1) of each row, x = max(z - tau, 0)."""
-    b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
+    """sum x ** b, NaN for a NaN, and sum x ** (b - 1) of each row, x = max(z - tau, 0)."""
+    b_x = tl.maximum(b_z - b_tau[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
         # Sums of powers up to 2 ** 80 are finite. Scores that are clipped have a lower threshold,
         # so that steps stay below the true one.
-        b_x = tl.minimum(b_x, tl.exp2(80.0 / b_exponent)[:, None])
+        b_most = tl.exp2(80.0 / b_exponent)[:, None]
+        b_x = tl.minimum(b_x, b_most, propagate_nan=tl.PropagateNan.ALL)
     b_weight, b_power = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
     return tl.sum(b_weight, 1), tl.sum(b_power, 1)
 
@@ -144,7 +152,7 @@ def add_masked(
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Moments of the key tiles that need masks, [BM] each."""
-    b_q, b_scale, b_slope, b_exponent, b_position, position, count, lowest, window = rows
+    b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, count, lowest, window = rows
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     b_mass, b_power = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     for i_t in tl.range(first, stop - (after - whole), num_stages=1):
@@ -153,7 +161,7 @@ def add_masked(
         b_page = load_pages(p_table, o_key, m_key, P)
         b_k = load_rows(p_key, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=True,
         )  # fmt: skip
         b_tile_mass, b_tile_power = moments(b_z, b_tau, b_exponent, ORDER)
@@ -173,7 +181,7 @@ def add_listed(
     The flag of an entry is a byte, the number of rows that have such a score; eight bytes go into
     one integer, so that rows meet only every eighth key tile.
     """
-    b_q, b_scale, b_slope, b_exponent, b_position, position, _count, _lowest, window = rows
+    b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, _count, _lowest, window = rows
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     b_flags = tl.zeros([BM], tl.int64)
     # What a load needs is loaded an iteration ahead: a load that waits for another one in the
@@ -191,13 +199,14 @@ def add_listed(
         b_next = load_pages(p_table, next_tile * BN + o_n, m_next, P)
         b_k = load_rows(p_key, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=False,
         )  # fmt: skip
         b_tile_mass, b_tile_power = moments(b_z, b_tau, b_exponent, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-        b_flags |= (b_tile_power > 0.0).to(tl.int64) << (i_t % 8 * 8)
+        m_flag = (b_tile_power > 0.0) | (b_tile_mass != b_tile_mass)
+        b_flags |= m_flag.to(tl.int64) << (i_t % 8 * 8)
         complete = (i_t % 8 == 7) | (i_t == listed - 1)
         if complete:
             tl.store(p_flags + i_t // 8, tl.sum(b_flags, 0))
@@ -207,7 +216,9 @@ def add_listed(
 
 @triton.jit
 def weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER: tl.constexpr):
-    b_weight = weigh(tl.maximum(b_z - b_tau[:, None], 0.0), b_exponent[:, None], ORDER)
+    b_weight = weigh_scores(b_z, b_tau[:, None], b_exponent[:, None], ORDER)
+    if b_v.dtype == tl.float16:
+        b_weight *= FP16_WEIGHT
     b_total += tl.sum(b_weight, 1)
     return b_total, tl.dot(b_weight.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
@@ -219,7 +230,7 @@ def attend_masked(
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Sums of weights [BM] and of weighted values [BM, DP] of the key tiles that need masks."""
-    b_q, b_scale, b_slope, b_exponent, b_position, position, count, lowest, window = rows
+    b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, count, lowest, window = rows
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     b_total, b_acc = tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
     for i_t in tl.range(first, stop - (after - whole), num_stages=1):
@@ -230,9 +241,10 @@ def attend_masked(
         b_k = load_rows(p_key, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_v = load_rows(p_value, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=True,
         )  # fmt: skip
+        b_v = b_v.to(b_q.dtype)
         b_total, b_acc = weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER)
     return b_total, b_acc
 
@@ -244,7 +256,7 @@ def attend_listed(
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds those of the listed key tiles; the loads as in `add_listed`."""
-    b_q, b_scale, b_slope, b_exponent, b_position, position, _count, _lowest, window = rows
+    b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, _count, _lowest, window = rows
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     next_tile = tl.load(p_list, mask=listed > 0, other=0)
     tile_after = tl.load(p_list + 1, mask=listed > 1, other=0)
@@ -260,9 +272,10 @@ def attend_listed(
         b_k = load_rows(p_key, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
         b_v = load_rows(p_value, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=False,
         )  # fmt: skip
+        b_v = b_v.to(b_q.dtype)
         b_total, b_acc = weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER)
     return b_total, b_acc
 
@@ -273,33 +286,43 @@ def seed_threshold(
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """A lower bound of the threshold of each row, from BM of the keys, [BM].
+    """A lower bound of the threshold of each row, from BM of the keys, and the base that it and
+    all later scores are less than, [BM] each.
 
     They are the first keys and the last ones that the tile sees; with at most BM queries in a tile,
-    every row sees one of them.
+    every row sees one of them. The base is the largest score of the first BN of them.
     """
-    b_q, b_scale, b_slope, b_exponent, b_position, position, count, lowest, window = rows
+    b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, count, lowest, window = rows
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     recent = tl.maximum(position + count - BM, lowest)
     b_tau = tl.full([BM], -float("inf"), tl.float32)
-    for i_s in tl.range(0, BM, BN, num_stages=1):
+    # The first tile twice: its scores are to be less the base in one rounding, as all later ones.
+    for i in tl.range(-BN, BM, BN, num_stages=1):
+        i_s = tl.maximum(i, 0)
         o_key = tl.where(i_s + o_n < FIRST_KEYS, lowest, recent) + i_s + o_n
         m_key = o_key < position + count
         b_page = load_pages(p_table, o_key, m_key, P)
         b_k = load_rows(p_key, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=True,
         )  # fmt: skip
-        b_tau = tl.maximum(b_tau, tl.max(b_z, 1) - 1.0)
-        for _ in range(SEED_STEPS):
-            # No finite bound and no visible key make NaN of their difference.
-            b_mass, b_power = moments(b_z, tl.maximum(b_tau, LEAST), b_exponent, ORDER)
-            b_tau += newton_step(b_mass, b_power, 1.0, b_exponent, ORDER)
-    return b_tau
+        if i < 0:
+            b_peak = tl.max(b_z, 1)
+            b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
+        else:
+            b_tau = tl.maximum(b_tau, tl.max(b_z, 1) - 1.0)
+            for _ in range(SEED_STEPS):
+                # No finite bound and no visible key make NaN of their difference.
+                b_mass, b_power = moments(b_z, tl.maximum(b_tau, LEAST), b_exponent, ORDER)
+                b_tau += newton_step(b_mass, b_power, 1.0, b_exponent, ORDER)
+    return b_tau, b_base
 
 
-@triton.jit(do_not_specialize=["batch", "tiles", "list_stride", "window"])
+@triton.jit(
+    do_not_specialize=["batch", "tiles", "list_stride", "window"],
+    do_not_specialize_on_alignment=["p_block_table", "p_seq_lens", "p_query_start_loc"],
+)
 def prefill_entmax_kernel(
     p_query,  # [tokens, HKV * G, D]
     p_key,  # [pages, HKV, P, D]
@@ -314,7 +337,7 @@ def prefill_entmax_kernel(
     p_lists,  # [programs, list_stride] int32
     p_flags,  # [programs, list_stride] uint8
     s_query_t, s_query_h, s_out_t, s_out_h, s_page, s_head, s_block_table,
-    batch, tiles, list_stride, window, scale, factor, exponent, excess_mass,
+    batch, tiles, list_stride, window, scale, factor, exponent, excess_mass, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
@@ -354,13 +377,18 @@ def prefill_entmax_kernel(
             p_k = p_key + i_h.to(tl.int64) * s_head
             p_v = p_value + i_h.to(tl.int64) * s_head
             p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+            b_scale, b_position = b_factor * scale, position + o_q
             rows = (
-                b_q, b_factor * scale, b_slope, b_exponent, position + o_q, position, count,
-                lowest, window,
+                b_q, b_scale, tl.zeros([BM], tl.float32), b_slope, b_exponent, b_position,
+                position, count, lowest, window,
             )  # fmt: skip
-            b_tau = seed_threshold(
+            b_tau, b_base = seed_threshold(
                 rows, p_k, p_table, s_page, D, DP, P, BM, BN, ORDER, ALIBI, WINDOW
             )
+            rows = (
+                b_q, b_scale, b_base, b_slope, b_exponent, b_position, position, count, lowest,
+                window,
+            )  # fmt: skip
             b_tau = tl.where(m_row, b_tau, float("inf"))
 
             first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
@@ -394,7 +422,7 @@ def prefill_entmax_kernel(
                 D, DP, P, BN, ORDER, ALIBI, WINDOW, VALUE_STAGES,
             )  # fmt: skip
             o_out = (o_token * s_out_t + o_head * s_out_h)[:, None] + o_d[None, :]
-            b_out = b_acc / tl.where(m_row, b_total, 1.0)[:, None]
+            b_out = b_acc / tl.where(m_row, b_total, 1.0)[:, None] * value_scale
             tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_q)
         # The list is the next tile's now.
         tl.debug_barrier()

@@ -23,7 +23,10 @@ def accumulate(b_z, b_maximum, b_total, b_acc, b_v):
     return b_raised, b_total, b_acc
 
 
-@triton.jit(do_not_specialize=["batch", "tiles", "window"])
+@triton.jit(
+    do_not_specialize=["batch", "tiles", "window"],
+    do_not_specialize_on_alignment=["p_block_table", "p_seq_lens", "p_query_start_loc"],
+)
 def prefill_softmax_kernel(
     p_query,  # [tokens, HKV * G, D]
     p_key,  # [pages, HKV, P, D]
@@ -35,7 +38,7 @@ def prefill_softmax_kernel(
     p_slopes,  # [HKV * G] float32
     p_out,  # [tokens, HKV * G, D]
     s_query_t, s_query_h, s_out_t, s_out_h, s_page, s_head, s_block_table,
-    batch, tiles, window, scale,
+    batch, tiles, window, scale, value_scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
@@ -63,6 +66,7 @@ def prefill_softmax_kernel(
     b_slope = b_scale
     if ALIBI:
         b_slope = tl.load(p_slopes + o_head, mask=m_row, other=0.0)
+    b_base = tl.zeros([BM], tl.float32)
     b_position = position + o_q
     m_q = m_row[:, None] & (o_d < D)[None, :]
     o_token = (token + o_q).to(tl.int64)
@@ -84,9 +88,10 @@ def prefill_softmax_kernel(
         b_k = load_rows(p_k, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
         b_v = load_rows(p_v, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=False,
         )  # fmt: skip
+        b_v = b_v.to(b_q.dtype)
         b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
     for i_t in tl.range(first, stop - (after - whole), num_stages=1):
         o_key = tl.where(i_t < whole, i_t, i_t + after - whole) * BN + o_n
@@ -95,11 +100,12 @@ def prefill_softmax_kernel(
         b_k = load_rows(p_k, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_v = load_rows(p_v, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
         b_z = score(
-            b_q, b_k, b_scale, b_slope, b_position, o_key, position, window,
+            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
             ALIBI, WINDOW, MASKED=True,
         )  # fmt: skip
+        b_v = b_v.to(b_q.dtype)
         b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
 
     o_out = (o_token * s_out_t + o_head * s_out_h)[:, None] + o_d[None, :]
-    b_out = b_acc / tl.where(m_row, b_total, 1.0)[:, None]
+    b_out = b_acc / tl.where(m_row, b_total, 1.0)[:, None] * value_scale
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_q)

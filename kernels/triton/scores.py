@@ -13,7 +13,7 @@ import triton.language as tl
 from .entmax import head_parameters
 
 # Logical page of an entry that does not exist: after every sequence.
-NO_PAGE = tl.constexpr(1 << 24)
+NO_PAGE = tl.constexpr(1 << 23)
 
 
 @triton.jit
@@ -117,8 +117,11 @@ def score_rows(
     b_key, b_query, b_logical, o_token, n, window, b_scale, b_slope,
     P: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """z of a tile of keys for the queries of a group, [BN, GP]; -inf where not visible."""
-    b_z = tl.dot(b_key, b_query, input_precision="ieee") * b_scale[None, :]
+    """z of a tile of keys for the queries of a group, [BN, GP]; -inf where not visible.
+
+    fp8 keys become the queries' dtype, which is exact.
+    """
+    b_z = tl.dot(b_key.to(b_query.dtype), b_query, input_precision="ieee") * b_scale[None, :]
     relative = b_logical * P + o_token % P - (n - 1)
     if ALIBI:
         b_z += b_slope[None, :] * relative.to(tl.float32)[:, None]

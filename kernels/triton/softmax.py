@@ -73,7 +73,7 @@ def softmax_kernel(
         m_v = (b_logical * P + o_n % P < n)[:, None] & (o_d < D)[None, :]
         o_v = b_page.to(tl.int64) * s_page + (o_n % P) * D
         b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_v, other=0.0)  # [BN, DP]
-        b_acc = weighted_columns(b_weight, b_v, b_acc * b_shrink[None, :])
+        b_acc = weighted_columns(b_weight, b_v.to(b_q.dtype), b_acc * b_shrink[None, :])
     o_own = (i_row * S + i_s).to(tl.int64) * G + o_g
     tl.store(p_maximum + o_own, b_maximum, mask=m_g)
     tl.store(p_support + o_own, b_visible, mask=m_g)
@@ -89,7 +89,7 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    s_out_b, s_out_h, window,
+    s_out_b, s_out_h, window, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, COUNT: tl.constexpr,
@@ -114,7 +114,7 @@ def softmax_combine_kernel(
     p_p = p_partial + (i_head * S + o_s)[:, None] * D + o_d[None, :]
     b_out = tl.sum(tl.load(p_p, mask=m_partial, other=0.0) * b_share[:, None], 0)  # [DP]
     total = tl.sum(tl.load(p_total + i_head * S + o_s, mask=m_s, other=0.0) * b_share, 0)
-    b_out = tl.where(n > 0, b_out / tl.where(n > 0, total, 1.0), 0.0)
+    b_out = tl.where(n > 0, b_out / tl.where(n > 0, total, 1.0) * value_scale, 0.0)
     p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
     tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=m_d)
     if COUNT:

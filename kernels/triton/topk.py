@@ -58,8 +58,8 @@ def box_kernel(
         b_page = b_next
         b_next = tl.load(p_table + o_page + S * BP, mask=o_page + S * BP < ranked, other=0)
         b_low, b_high = load_statistics(p_stat, b_page, o_d, s_page, D)
-        b_bound = tl.dot(b_low, b_below, input_precision="ieee")
-        b_bound = tl.dot(b_high, b_above, b_bound, input_precision="ieee")
+        b_bound = tl.dot(b_low.to(b_q.dtype), b_below, input_precision="ieee")
+        b_bound = tl.dot(b_high.to(b_q.dtype), b_above, b_bound, input_precision="ieee")
         b_bound *= b_scale[None, :]  # [BP, GP]
         if ALIBI:
             o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]

@@ -36,6 +36,7 @@ def processors(device: torch.device) -> int:
 class Shape:
     """What the launches of a decode step depend on; lengths of sequences are not among it.
 
+    dtype: of the cache.
     max_tokens: the longest sequence that the block table can hold.
     selector: name of the rule that chooses the pages to read.
     budget: tokens that are read at most; None if there is no bound.
@@ -74,14 +75,20 @@ class Shape:
         return max(8, triton.next_power_of_2(self.group))
 
     @property
+    def row_size(self) -> int:
+        """Bytes of a key where it is multiplied, before which fp8 becomes 16 bits wide, and of a
+        statistic."""
+        return self.padded_head_size * max(2, self.dtype.itemsize)
+
+    @property
     def tile(self) -> int:
         """Tokens whose keys are scored together: 32 KiB of keys, but whole pages."""
-        return 128 if self.padded_head_size * self.dtype.itemsize <= 256 else 64
+        return max(128 if self.row_size <= 256 else 64, self.page_size)
 
     @property
     def page_tile(self) -> int:
         """Pages whose statistics are scored together: 32 KiB of statistics, at most 64 pages."""
-        return max(16, min(64, (1 << 14) // (self.padded_head_size * self.dtype.itemsize)))
+        return max(16, min(64, (1 << 14) // self.row_size))
 
     @property
     def splits(self) -> int:
@@ -119,11 +126,18 @@ class Shape:
         return min(wanted, triton.next_power_of_2(self.splits))
 
     @property
+    def most_near(self) -> int:
+        """Candidates that one of those programs can meet: all that its splits read."""
+        splits = triton.next_power_of_2(self.splits) // self.filter_parts
+        tiles = -(-self.max_read // self.tile)
+        return splits * -(-tiles // self.splits) * self.tile
+
+    @property
     def near(self) -> int:
-        """Candidates above the lower bound of a threshold that each of those programs keeps."""
-        most = -(-self.max_read // (self.tile * self.filter_parts)) * self.tile
-        heads = self.batch * self.query_heads
-        return min(most, max(1024, min(_MOST_NEAR, _NEAR // heads)) // self.filter_parts)
+        """Candidates above the lower bound of a threshold that each of them keeps."""
+        share = max(1024, min(_MOST_NEAR, _NEAR // (self.batch * self.query_heads)))
+        # A multiple of 16, or each batch size would compile kernels of its own.
+        return -(-min(self.most_near, share // self.filter_parts) // 16) * 16
 
     @property
     def partials(self) -> int:
@@ -217,9 +231,10 @@ class Shape:
         """Places in the list of each split that a workspace of `size` bytes allows."""
         entry = 4 * self.batch * (self.kv_heads + self.query_heads) * self.splits
         tiles = -(-self.max_read // (self.splits * self.tile))
-        capacity = 16 + max(0, size - self.least_size) // entry // 16 * 16 + 16
-        capacity = min(capacity, max(1, tiles) * self.tile)
-        while self.size(capacity) > size:  # the parts are aligned
+        # The parts are aligned: start with what they could have at most.
+        spare = max(0, size - self.least_size) + _ALIGNMENT * len(self.fields(16))
+        capacity = min(16 + spare // entry // 16 * 16, max(1, tiles) * self.tile)
+        while self.size(capacity) > size:
             capacity -= 16
         return capacity
 
@@ -247,6 +262,7 @@ def decode_workspace_size(
 ) -> int:
     """Bytes of a workspace with which `decode` is fast, for batches of up to `batch` sequences.
 
+    dtype: of the cache.
     max_tokens: columns of the block table times page_size. Less is enough for a right result, as
     long as `decode` does not refuse it; it then reads keys again more often.
     """

@@ -18,10 +18,11 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_avail
 
 def on_device(cache: PagedCache) -> PagedCache:
     """A copy of the pages on the device, with the strides that they have."""
-    flat = torch.empty(0, dtype=cache.key.dtype).set_(cache.key.untyped_storage()).to(DEVICE)
+    flat = torch.empty(0, dtype=torch.uint8).set_(cache.key.untyped_storage())
+    flat = flat.to(DEVICE, copy=True)
 
     def moved(view: Tensor) -> Tensor:
-        return flat.as_strided(view.shape, view.stride(), view.storage_offset())
+        return flat.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
     return PagedCache(*map(moved, cache[:3]), cache.layout)
 

@@ -6,6 +6,7 @@ from reference.scene import make_scene
 
 import entmaxkv_kernels as kernels
 from entmaxkv_kernels.triton import decode_workspace_size, prefill_workspace_size
+from entmaxkv_kernels.validation import check_alpha, head_alpha
 
 from .device import DEVICE, on_device
 
@@ -106,7 +107,7 @@ def test_a_wrong_choice_is_refused_before_any_launch(scene, options, error, mess
 def test_double_precision_is_left_to_the_reference():
     scene = make_scene(lengths=[20], dtype=torch.float64)
     cache, table, lengths = placed(scene)
-    with pytest.raises(TypeError, match=r"float64; expected fp16, bf16 or fp32"):
+    with pytest.raises(TypeError, match=r"float64; expected fp8, fp16, bf16 or fp32"):
         kernels.decode(
             scene.last_queries.to(DEVICE),
             cache,
@@ -117,3 +118,36 @@ def test_double_precision_is_left_to_the_reference():
             selector=kernels.Exact(),
             implementation="triton",
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("query", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "query is strided by"),
+        ("block_table", lambda x: x.repeat_interleave(2, 1)[:, ::2], "block_table is strided by 2"),
+        ("seq_lens", lambda x: x[:1].expand(3), "seq_lens is strided by 0"),
+        (
+            "cache",
+            lambda x: x._replace(value=x.value.contiguous()),
+            "expected the views that split_pages gives",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_what_lies_otherwise_in_memory_than_the_kernels_read_is_refused(
+    scene, name, change, message
+):
+    cache, table, lengths = placed(scene)
+    query = scene.last_queries.to(DEVICE)
+    given = {"query": query, "cache": cache, "block_table": table, "seq_lens": lengths}
+    given[name] = change(given[name])
+    options = {"scale": scene.scale, "alpha": ALPHA, "selector": kernels.Exact()}
+    with pytest.raises(ValueError, match=message):
+        kernels.decode(**given, **options, implementation="triton")
+
+
+def test_alphas_of_heads_are_put_on_the_device_once():
+    first, second = (
+        head_alpha(check_alpha([1.0, 1.5, 2.0, 1.5], 4), torch.device(DEVICE)) for _ in range(2)
+    )
+    assert first is second

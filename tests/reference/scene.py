@@ -1,6 +1,6 @@
 """Ragged batches in a paged cache in which everything that is not theirs is poison."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,6 +139,26 @@ def make_scene(
     )
     if filled:
         scene.append_all()
+    return scene
+
+
+def make_fp8_scene(
+    lengths: list[int], *, key_scale: float, value_scale: float, **options: Any
+) -> Scene:
+    """The scene of `make_scene` over an fp8 cache. Keys and values are those that it holds, in
+    float64; queries are of the dtype in the options, as were the keys and values appended."""
+    scene = make_scene(lengths, filled=False, **options)
+    layout = replace(scene.cache.layout, fp8=True)
+    num_pages, kv_heads = scene.cache.key.shape[:2]
+    raw = allocate_pages(kv_heads, num_pages, layout).fill_(torch.nan).transpose(0, 1)
+    scene.cache = split_pages(raw, layout)
+    scene.cache.statistics.fill_(torch.nan)  # the bytes of two fp8 NaN are no bf16 NaN
+    slots = [scene.slots(b, 0, n) for b, n in enumerate(lengths)]
+    inputs = torch.cat(scene.key), torch.cat(scene.value), torch.cat(slots)
+    append(scene.cache, *inputs, key_scale=key_scale, value_scale=value_scale)
+    rows = [(slot // scene.page_size, slice(None), slot % scene.page_size) for slot in slots]
+    scene.key = [scene.cache.key[row].double() * key_scale for row in rows]
+    scene.value = [scene.cache.value[row].double() * value_scale for row in rows]
     return scene
 
 
