@@ -1,27 +1,27 @@
 """Time decode beside FlashAttention-3 on one GPU, in one run, and write docs/results/decode-*.json.
 
-Both arms read the same keys and values through shuffled block tables, as CUDA graphs over rotating
-sets of pages that exceed the L2 cache; replays of the two arms alternate. FlashAttention-3 is
-vLLM's, on a cache in its own order (tokens outside heads), which it reads fastest.
+All arms read the same keys and values through shuffled block tables, as CUDA graphs over rotating
+sets of pages that exceed the L2 cache; replays of the arms take turns. FlashAttention-3 is vLLM's,
+on a cache in its own order (tokens outside heads), which it reads fastest, called plainly and with
+its schedule made beforehand, as vLLM does for all layers at once; the faster of the two counts.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import math
 import statistics
-import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Step, about, alternate, graph_of, kernel_times
 
 from entmaxkv_kernels import (
     Counter,
     Exact,
+    Gaussian,
     PagedCache,
     PageLayout,
     Selector,
@@ -37,6 +37,7 @@ from entmaxkv_kernels.triton import decode_workspace_size
 PAGE_SIZE = 16
 POOL_TOKENS = 1 << 20
 REPLAYS = 15
+PROFILED_SETS = 8
 SHAPES = {
     "GQA, D 128": (32, 8, 128, 1, (8192, 32768, 131072, 524288, 1048576)),
     "GQA, D 64": (32, 8, 64, 1, (8192, 32768, 131072, 524288, 1048576)),
@@ -109,47 +110,30 @@ def calibrated_queries(case: Case, pages: PagedCache, tables: torch.Tensor) -> t
     return (queries * low).to(pages.key.dtype)
 
 
-def graph_of(steps: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph that runs every step once."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for step in steps:
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for step in steps:
-                step()
-    return graph
-
-
-def alternate(arms: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:
-    """Microseconds per step of each arm, one value per replay; replays take turns."""
-    graphs = {name: graph_of(steps) for name, steps in arms.items()}
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for replay in range(REPLAYS + 3):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if replay >= 3:
-                times[name].append(start.elapsed_time(end) * 1e3 / len(arms[name]))
-    return times
-
-
 def flash_attention(
     case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor
-) -> Any:
-    """FlashAttention-3's steps over the same keys and values."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
+) -> dict[str, list[Step]]:
+    """FlashAttention-3's steps over the same keys and values, by how they are scheduled."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     key, value = (part.transpose(1, 2).contiguous() for part in (pages.key, pages.value))
     starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+    schedule = get_scheduler_metadata(
+        batch_size=case.batch,
+        max_seqlen_q=1,
+        max_seqlen_k=case.context,
+        num_heads_q=case.query_heads,
+        num_heads_kv=case.kv_heads,
+        headdim=case.head_size,
+        cache_seqlens=lengths,
+        qkv_dtype=key.dtype,
+        cu_seqlens_q=starts,
+        page_size=PAGE_SIZE,
+        causal=True,
+    )
 
-    def step(index: int) -> Callable[[], Any]:
+    def step(index: int, scheduler_metadata: torch.Tensor | None) -> Step:
         out = torch.empty_like(queries[index])
         return lambda: flash_attn_varlen_func(
             queries[index],
@@ -164,14 +148,18 @@ def flash_attention(
             block_table=tables[index],
             out=out,
             fa_version=3,
+            scheduler_metadata=scheduler_metadata,
         )
 
-    return [step(index) for index in range(case.sets)]
+    return {
+        "fa3_plain": [step(index, None) for index in range(case.sets)],
+        "fa3_scheduled": [step(index, schedule) for index in range(case.sets)],
+    }
 
 
 def entmax_steps(
     case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor, selector: Selector
-) -> tuple[list[Callable[[], Any]], torch.Tensor]:
+) -> tuple[list[Step], torch.Tensor]:
     """This project's steps, and the counters that they add to."""
     size = decode_workspace_size(
         case.batch,
@@ -194,7 +182,7 @@ def entmax_steps(
         )
     )
 
-    def step(index: int) -> Callable[[], Any]:
+    def step(index: int) -> Step:
         out = torch.empty_like(queries[index])
         return lambda: decode(
             queries[index],
@@ -213,57 +201,71 @@ def entmax_steps(
     return [step(index) for index in range(case.sets)], counters
 
 
-def measure(case: Case, pages: PagedCache, share: float) -> list[dict[str, Any]]:
-    """The rows of one case: exact, and top-k with `share` of the context as its budget."""
+def read_bytes(case: Case, row: dict[str, Any], selector: Selector, size: int) -> int:
+    """Bytes of keys, values and statistics that one step cannot do without.
+
+    The values are those of a KV head's query heads together, which share some: a little too many.
+    """
+    rows, tokens = case.batch * case.kv_heads, case.context
+    statistics_read = rows * tokens // PAGE_SIZE * len(selector.statistics)
+    keys = rows * tokens * row["pages_read"]
+    values = case.batch * case.query_heads * tokens * row["support"]
+    return int((statistics_read + keys + values) * case.head_size * size)
+
+
+def measure(
+    case: Case, pages: PagedCache, selectors: dict[str, Selector], profiled: bool
+) -> list[dict[str, Any]]:
+    """One row for each selector, whose names are those of the rows' kernels."""
     pages_each = case.context // PAGE_SIZE
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
     tables = order[: case.sets * case.batch * pages_each].view(case.sets, case.batch, pages_each)
     queries = calibrated_queries(case, pages, tables)
+    flash = flash_attention(case, pages, tables, queries)
     rows = []
-    for name, selector in (
-        ("exact", Exact()),
-        ("sparse", TopK(token_budget=max(PAGE_SIZE, int(share * case.context)))),
-    ):
+    for name, selector in selectors.items():
         steps, counters = entmax_steps(case, pages, tables, queries, selector)
-        arms = {"entmax": steps, "fa3": flash_attention(case, pages, tables, queries)}
-        times = alternate(arms)
-        ours, theirs = (statistics.median(times[arm]) for arm in ("entmax", "fa3"))
+        graphs = {
+            arm: graph_of(arm_steps) for arm, arm_steps in ({"entmax": steps} | flash).items()
+        }
+        times = alternate({arm: graph.replay for arm, graph in graphs.items()}, REPLAYS)
+        us = {arm: [t / case.sets for t in replays] for arm, replays in times.items()}
+        median = {arm: statistics.median(values) for arm, values in us.items()}
+        flash_us = min(median["fa3_plain"], median["fa3_scheduled"])
         held, read = (counters[c].item() for c in (Counter.PAGES_HELD, Counter.PAGES_READ))
-        rows.append(
-            {
-                "kernel": name,
-                "batch": case.batch,
-                "query_heads": case.query_heads,
-                "kv_heads": case.kv_heads,
-                "head_size": case.head_size,
-                "context": case.context,
-                "pages_read": read / held,
-                "support": counters[Counter.SUPPORT].item()
-                / counters[Counter.QUERY_HEADS].item()
-                / case.context,
-                "us": ours,
-                "us_spread": max(times["entmax"]) - min(times["entmax"]),
-                "fa3_us": theirs,
-                "fa3_us_spread": max(times["fa3"]) - min(times["fa3"]),
-                "ratio_fa3": theirs / ours,
-            }
-        )
-        print(
-            {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
-        )
+        support = counters[Counter.SUPPORT].item() / counters[Counter.QUERY_HEADS].item()
+        row = {
+            "kernel": name,
+            "selector": selector.name,
+            "batch": case.batch,
+            "query_heads": case.query_heads,
+            "kv_heads": case.kv_heads,
+            "head_size": case.head_size,
+            "context": case.context,
+            "pages_read": read / held,
+            "support": support / case.context,
+            "us": median["entmax"],
+            "us_spread": max(us["entmax"]) - min(us["entmax"]),
+            "fa3_us": flash_us,
+            "fa3_plain_us": median["fa3_plain"],
+            "fa3_scheduled_us": median["fa3_scheduled"],
+            "fa3_us_spread": max(max(us[arm]) - min(us[arm]) for arm in flash),
+            "ratio_fa3": flash_us / median["entmax"],
+        }
+        row["bytes"] = read_bytes(case, row, selector, pages.key.itemsize)
+        if profiled:
+            row["kernels_us"] = kernel_times(steps[:PROFILED_SETS])
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        rows.append(row)
     return rows
 
 
-def versions() -> dict[str, str]:
-    import triton
-    import vllm
-
-    return {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def selectors_for(name: str, context: int, share: float) -> dict[str, Selector]:
+    """The selectors that share a cache with one kind of statistics."""
+    if name == "gaussian":
+        return {"gaussian": Gaussian()}
+    budget = max(PAGE_SIZE, int(share * context))
+    return {"exact": Exact(), "sparse": TopK(token_budget=budget)}
 
 
 def main() -> None:
@@ -273,31 +275,33 @@ def main() -> None:
     parser.add_argument("--support", type=float, default=0.005, help="share of tokens with weight")
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--data", choices=("random", "clustered"), default="random")
-    parser.add_argument("--longest", type=int, default=POOL_TOKENS)
+    parser.add_argument("--sparse", choices=("topk", "gaussian"), default="topk")
+    parser.add_argument("--profile", action="store_true", help="add the time of each kernel")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
+    )
+    parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     chosen = [SHAPES[name] for name in arguments.shapes]
     chosen.sort(key=lambda shape: shape[1:3])
+    sparse = Gaussian if arguments.sparse == "gaussian" else TopK
     for (kv_heads, head_size), shapes in itertools.groupby(chosen, key=lambda s: s[1:3]):
-        layout = PageLayout(PAGE_SIZE, head_size, TopK.statistics)
+        layout = PageLayout(PAGE_SIZE, head_size, sparse.statistics)
         raw = allocate_pages(POOL_TOKENS // PAGE_SIZE, kv_heads, layout, torch.bfloat16, "cuda")
         pages = split_pages(raw, layout)
         fill(pages, arguments.data)
         for query_heads, _, _, batch, contexts in shapes:
-            for context in (c for c in contexts if c <= arguments.longest):
+            for context in contexts:
+                if arguments.contexts and context not in arguments.contexts:
+                    continue
                 case = Case(query_heads, kv_heads, head_size, batch, context, arguments.support)
-                rows += measure(case, pages, arguments.share)
+                selectors = selectors_for(arguments.sparse, context, arguments.share)
+                rows += measure(case, pages, selectors, arguments.profile)
         del raw, pages
         torch.cuda.empty_cache()
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "data": arguments.data,
-        "rows": rows,
-    }
+    result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -8,16 +8,14 @@ query blocks and heads.
 """
 
 import argparse
-import datetime
 import json
 import math
 import statistics
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Step, about, alternate
 
 from entmaxkv_kernels import PageLayout, allocate_pages, append, prefill, split_pages
 from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
@@ -80,21 +78,6 @@ def scaled_queries(query: torch.Tensor, key: torch.Tensor, wanted: float) -> tor
     return (query * high).bfloat16()
 
 
-def alternate(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each arm, one value per call; calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 2):
-        for name, step in arms.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            if repeat >= 2:
-                times[name].append(start.elapsed_time(end) * 1e3)
-    return times
-
-
 def measure(context: int, wanted: float, adasplash: bool, repeats: int) -> dict[str, Any]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -146,13 +129,13 @@ def measure(context: int, wanted: float, adasplash: bool, repeats: int) -> dict[
             fa_version=3,
         )
 
-    arms: dict[str, Callable[[], Any]] = {"entmax": ours, "fa3": flash}
+    arms: dict[str, Step] = {"entmax": ours, "fa3": flash}
     if adasplash:
         from adasplash import adasplash as adasplash_attention
 
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (query, key, value))
         arms["adasplash"] = lambda: adasplash_attention(q, k, v, alpha=ALPHA, is_causal=True)
-    times = alternate(arms, repeats)
+    times = alternate(arms, repeats, warm_up=2)
     us = {name: statistics.median(values) for name, values in times.items()}
     worst = 0.0
     for head, block in ((0, 0), (13, context // BLOCK // 2), (31, context // BLOCK - 1)):
@@ -186,28 +169,15 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.85])
     parser.add_argument("--adasplash", type=int, nargs="*", default=[], help="its contexts")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
-    import triton
-    import vllm
-
     torch.manual_seed(0)
     rows = [
         measure(context, wanted, context in arguments.adasplash, arguments.repeats)
         for context in arguments.contexts
         for wanted in arguments.sparsities
     ]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "vllm": vllm.__version__,
-        },
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-        "rows": rows,
-    }
+    result = about(arguments.commit) | {"rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
