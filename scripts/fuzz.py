@@ -172,8 +172,8 @@ def run_case(name: str, index: int) -> dict[str, float]:
     return (run_prefill if family.prefill else run_decode)(batch, family, draw)
 
 
-def work(worker: int, workers: int, cases: int, results: Any) -> None:
-    """Run every workers-th case of each family."""
+def work(worker: int, workers: int, cases: int, deadline: float, results: Any) -> None:
+    """Run every workers-th case of each family, until the deadline."""
     total = sum(family.weight for family in FAMILIES.values())
     # Workers begin with different families, so that each compiles something else.
     names = list(FAMILIES)
@@ -181,6 +181,8 @@ def work(worker: int, workers: int, cases: int, results: Any) -> None:
     for name in names:
         share = -(-cases * FAMILIES[name].weight // total)
         for index in range(worker, share, workers):
+            if time.time() > deadline:
+                return results.put(None)
             try:
                 results.put((name, index, run_case(name, index), ""))
             except Exception:
@@ -199,12 +201,14 @@ def usable() -> bool:
     return True
 
 
-def gather(workers: int, cases: int) -> tuple[dict[str, Any], list[str]]:
-    """Run the cases and add up what they tell."""
+def gather(workers: int, cases: int, seconds: float) -> tuple[dict[str, Any], list[str]]:
+    """Run the cases, as many as the time allows, and add up what they tell."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
+    deadline = time.time() + seconds
     processes = [
-        context.Process(target=work, args=(w, workers, cases, results)) for w in range(workers)
+        context.Process(target=work, args=(w, workers, cases, deadline, results))
+        for w in range(workers)
     ]
     for process in processes:
         process.start()
@@ -242,9 +246,16 @@ def gather(workers: int, cases: int) -> tuple[dict[str, Any], list[str]]:
     return {"cases": done, "failures": len(failures), "families": families}, failures
 
 
+def checked_out() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     parser.add_argument("--workers", type=int, default=12 if DEVICE == "cuda" else 1)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--replay", nargs=2, metavar=("FAMILY", "INDEX"))
@@ -252,14 +263,11 @@ def main() -> None:
     if arguments.replay:
         print(run_case(arguments.replay[0], int(arguments.replay[1])))
         return
-    result, failures = gather(arguments.workers, arguments.cases)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    result, failures = gather(arguments.workers, arguments.cases, arguments.seconds)
     about = {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
         "versions": {"torch": torch.__version__, "triton": sys.modules["triton"].__version__},
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": arguments.commit or checked_out(),
         "date": datetime.date.today().isoformat(),
     }
     if arguments.out:
