@@ -51,6 +51,7 @@ def sample_kernel(
 
     Rows of at most `store_below` tokens need no guess.
     """
+    await_previous(CHAINED)
     allow_next(CHAINED)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -131,6 +132,7 @@ def collect_kernel(
     Writes per split the number of candidates, which may exceed the capacity of the list, and per
     head and class of rows the largest of all scores and the moments above the guess.
     """
+    await_previous(CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)

@@ -1,6 +1,5 @@
 """One decode step: the launches, in their order."""
 
-import math
 from statistics import NormalDist
 from typing import Any
 
@@ -17,7 +16,7 @@ from .fallback import fallback_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
-from .topk import box_distance_kernel, box_kernel, choose_kernel
+from .topk import CLASS_STEPS, box_distance_kernel, box_kernel, choose_kernel, rank_kernel
 from .workspace import STORE_BELOW, Shape, processors
 
 
@@ -164,27 +163,26 @@ def _list_pages(
         "SP": triton.next_power_of_2(splits),
         "BP": shape.page_tile,
         "BL": shape.list_tile,
-        "ONE_TILE": shape.max_pages <= shape.list_tile,
-        "STAGES": 3,
+        "NT": triton.next_power_of_2(shape.list_tiles),
+        "LONG": shape.long_rows,
+        "STAGES": 2,
     }
-    warps = max(4, arguments["BL"] // 512)
     rows = (splits, shape.kv_heads, shape.batch)
+    tiles = (shape.list_tiles, *rows[1:])
+    listing = {"BM": 128, "CLASS_STEPS": CLASS_STEPS.value}
     if isinstance(selector, TopK):
+        arguments["budget"] = selector.token_budget // shape.page_size
         _launch(box_kernel, rows, arguments)
-        if not arguments["ONE_TILE"]:
-            tiles = -(-shape.max_pages // 1024), *rows[1:]
-            _chain(box_distance_kernel, tiles, arguments, BR=1024)
-        budget = selector.token_budget // shape.page_size
-        _chain(
-            choose_kernel,
-            rows[1:],
-            arguments,
-            budget=budget,
-            num_warps=warps,
-        )
+        if shape.long_rows:
+            _chain(box_distance_kernel, tiles, arguments)
+            _chain(rank_kernel, tiles, arguments)
+            _chain(list_kernel, tiles, arguments, BUDGETED=True, **listing)
+        else:
+            _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 512))
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"
+        arguments |= dict.fromkeys(("p_rank", "p_members", "p_member_count")) | {"budget": 0}
         _launch(model_kernel, rows, arguments, PRECISION=precision, num_warps=_warps(shape))
         _launch(
             cut_kernel,
@@ -199,19 +197,22 @@ def _list_pages(
             excess_deviations=selector.excess_deviations,
             num_warps=8 if arguments["ALIBI"] else 1,
         )
-        _launch(reach_kernel, rows, arguments, BR=256)
-        _launch(list_kernel, rows[1:], arguments, num_warps=warps)
+        _launch(reach_kernel, tiles, arguments, BR=256)
+        _chain(list_kernel, tiles, arguments, BUDGETED=False, **listing)
 
 
 def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     """Entmax attention over the pages of the block table, or over those that were listed."""
     rows = (shape.splits, shape.kv_heads, shape.batch)
     guessed, splits, capacity = (arguments[name] for name in ("GUESSED", "SP", "capacity"))
+    # A list of pages is short work for few programs, beside which these can be placed early.
+    first = _chain if shape.listed else _launch
     if guessed:
         tiles = (shape.sample // shape.tile, *rows[1:])
-        _launch(sample_kernel, tiles, arguments, num_warps=_warps(shape))
+        first(sample_kernel, tiles, arguments, num_warps=_warps(shape))
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
-    _launch(collect_kernel, rows, arguments, STAGES=2)
+        first = _launch
+    first(collect_kernel, rows, arguments, STAGES=2)
     filters, warps = shape.filter_parts, 4
     width = 32 * warps
     places = min(triton.next_power_of_2(capacity), max(32, 16 * width * filters // splits))
@@ -225,13 +226,12 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         num_warps=warps,
     )
     parts = (shape.value_parts, shape.query_heads, shape.batch)
-    crowded = math.prod(parts) > 2 * shape.processors
-    warps = 8 if crowded else 16
+    warps = _attend_warps(shape)
     _chain(
         attend_kernel,
         parts,
         arguments,
-        R=(512 if shape.max_read > 1 << 18 else 256) * warps,
+        R=(512 if shape.max_read > 1 << 18 or warps == 4 else 256) * warps,
         BV=warps * 1024 // (shape.padded_head_size // shape.value_parts),
         num_warps=warps,
     )
@@ -254,6 +254,14 @@ def _attend_softmax(shape: Shape, arguments: dict[str, Any]) -> None:
     tile = max(64, shape.page_size)
     _launch(softmax_kernel, rows, arguments, BN=tile, STAGES=2, num_warps=_warps(shape))
     _launch(softmax_combine_kernel, (shape.query_heads, shape.batch), arguments)
+
+
+def _attend_warps(shape: Shape) -> int:
+    """Warps that solve the threshold of one query head: as few as hold what it can read."""
+    if shape.max_read <= 2048:
+        return 4
+    crowded = shape.value_parts * shape.query_heads * shape.batch > 2 * shape.processors
+    return 8 if crowded else 16
 
 
 def _warps(shape: Shape) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .entmax import head_parameters
 from .pages import NEVER, load_statistics, ranked_pages
-from .scores import load_queries
+from .scores import allow_next, load_queries
 
 LEAST_DEVIATION = tl.constexpr(1e-6)
 LOG_SQRT_TAU = tl.constexpr(0.5 * math.log(2 * math.pi))
@@ -236,15 +236,18 @@ def cut_kernel(
 
 @triton.jit
 def reach_kernel(
-    p_seq_lens, p_exact_rows, p_reach, p_deviation, p_cut, p_distance, page_stride, exact_below,
+    p_seq_lens, p_exact_rows, p_reach, p_deviation, p_cut, p_distance, p_tile_count,
+    page_stride, exact_below,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
-    S: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    BL: tl.constexpr, NT: tl.constexpr, EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Distance 0 for pages that any head of the group wants, infinity for the others."""
-    i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Distance 0 for pages that any head of the group wants, infinity for the others, and how many
+    it wants of one tile of BL pages."""
+    allow_next(CHAINED)
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-    if ranked == 0:
+    if i_t * BL >= ranked:
         return
     o_g, o_r = tl.arange(0, GP), tl.arange(0, BR)
     m_g = o_g < G
@@ -253,10 +256,13 @@ def reach_kernel(
     b_quantile = tl.load(p_c + 1, mask=m_g, other=0.0)[:, None]
     o_head = (i_row * G + o_g).to(tl.int64)[:, None] * page_stride
     p_d = p_distance + i_row.to(tl.int64) * page_stride
-    for i_p in range(i_s * BR, ranked, S * BR):
+    b_count = tl.zeros([BR], tl.int32)
+    for i_p in range(i_t * BL, tl.minimum(i_t * BL + BL, ranked), BR):
         o_page = i_p + o_r
         m_r = m_g[:, None] & (o_page < ranked)[None, :]
         b_m = tl.load(p_reach + o_head + o_page[None, :], mask=m_r, other=-float("inf"))
         b_d = tl.load(p_deviation + o_head + o_page[None, :], mask=m_r, other=0.0)
-        wanted = tl.max((b_m + b_quantile * b_d > b_floor).to(tl.int32), 0)
-        tl.store(p_d + o_page, tl.where(wanted > 0, 0, NEVER), mask=o_page < ranked)
+        b_wanted = tl.max((b_m + b_quantile * b_d > b_floor).to(tl.int32), 0)
+        tl.store(p_d + o_page, tl.where(b_wanted > 0, 0, NEVER), mask=o_page < ranked)
+        b_count += b_wanted
+    tl.store(p_tile_count + i_row * NT + i_t, tl.sum(b_count, 0))

@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 
 from ..report import Counter
+from .scores import allow_next, await_previous
 
 SPARSE_STEPS = tl.constexpr(int(Counter.SPARSE_STEPS))
 PAGES_READ = tl.constexpr(int(Counter.PAGES_READ))
 
 # The distance of a page that is not to be read.
 NEVER = tl.constexpr(1 << 30)
+# More pages than any sequence has: what is above it in the key of a page goes before its number.
+MOST_PAGES = tl.constexpr(1 << 20)
 # Pages whose places are counted together, as rows of one warp's width: a scan along a row needs no
 # other warp.
 WARP = tl.constexpr(32)
@@ -60,42 +63,15 @@ def places(m_nearer, m_tied, BL: tl.constexpr):
 
 
 @triton.jit
-def list_tile(
-    b_distance, o_page, ranked, found, ties, count, tied, p_table, p_list, list_stride,
-    BL: tl.constexpr,
-):  # fmt: skip
-    """Lists those of BL pages that are nearer than `found`, and the first `ties` of those as near.
-
-    count, tied: pages listed and pages tied before; returns them with those of the tile.
-    """
-    m_page = o_page < ranked
-    m_nearer, m_tied = m_page & (b_distance < found), m_page & (b_distance == found)
-    b_nearer, b_tied, all_nearer, all_tied = places(m_nearer, m_tied, BL)
-    b_tied += tied
-    m_chosen = m_nearer | (m_tied & (b_tied < ties))
-    b_position = count + b_nearer + tl.minimum(b_tied, ties) - tl.minimum(tied, ties)
-    b_page = tl.load(p_table + o_page, mask=m_chosen, other=0).to(tl.int32)
-    tl.store(p_list + b_position, b_page, mask=m_chosen)
-    tl.store(p_list + list_stride + b_position, o_page, mask=m_chosen)
-    count += all_nearer + tl.minimum(tied + all_tied, ties) - tl.minimum(tied, ties)
-    return count, tied + all_tied
-
-
-@triton.jit
 def list_rest(
     p_table, p_list, p_listed_count, p_counters, i_row, i_h, count, ranked, pages, list_stride,
-    BL: tl.constexpr, COUNT: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Lists the pages that are not ranked: the last one, or all of a row that is read whole."""
+    """Lists the last page after `count` ranked ones, counts, and counts all pages of a row that is
+    read whole."""
     if ranked > 0:
         tl.store(p_list + count, tl.load(p_table + ranked).to(tl.int32))
         tl.store(p_list + list_stride + count, ranked)
-    else:
-        for i_l in range(0, pages, BL):
-            o_page = i_l + tl.arange(0, BL)
-            b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
-            tl.store(p_list + o_page, b_page, mask=o_page < pages)
-            tl.store(p_list + list_stride + o_page, o_page, mask=o_page < pages)
     count += pages - ranked
     tl.store(p_listed_count + i_row, count)
     if COUNT:
@@ -105,30 +81,101 @@ def list_rest(
             tl.atomic_add(p_counters + SPARSE_STEPS, one, sem="relaxed")
 
 
+@triton.jit
+def last_member(p_members, members, wanted, BM: tl.constexpr):
+    """The key of the last one of `wanted` members, of the least keys; -1 for none.
+
+    p_members: different keys of at least 0, in any order.
+    """
+    o_m = tl.arange(0, BM)
+    if members <= BM:
+        o_few = tl.arange(0, 16)
+        b_key = tl.load(p_members + o_m, mask=o_m < members, other=NEVER)
+        b_less = tl.zeros([BM, 16], tl.int32)
+        for i_m in tl.range(0, members, 16, num_stages=1):
+            b_few = tl.load(p_members + i_m + o_few, mask=i_m + o_few < members, other=NEVER)
+            b_less += (b_few[None, :] < b_key[:, None]).to(tl.int32)
+        m_wanted = (tl.sum(b_less, 1) < wanted) & (o_m < members)
+        found = tl.max(tl.where(m_wanted, b_key, -1), 0)
+    else:
+        low, found = tl.full([], -1, tl.int32), tl.full([], NEVER, tl.int32)
+        if wanted == 0:
+            found = low
+        while found - low > 1:
+            middle = low + (found - low) // 2
+            count = tl.full([], 0, tl.int32)
+            for i_m in range(0, members, BM):
+                b_key = tl.load(p_members + i_m + o_m, mask=i_m + o_m < members, other=NEVER)
+                count += tl.sum((b_key <= middle).to(tl.int32), 0)
+            reached = count >= wanted
+            low = tl.where(reached, low, middle)
+            found = tl.where(reached, middle, found)
+    return found
+
+
 # Rows that are not aligned have one element per thread in loads, as scattered stores have: what is
 # loaded is stored without an exchange.
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def list_kernel(
-    p_seq_lens, p_exact_rows, p_block_table, p_distance, p_listed, p_listed_count, p_counters,
-    s_block_table, list_stride, page_stride, exact_below,
-    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    COUNT: tl.constexpr,
+    p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_rank, p_members,
+    p_member_count, p_listed, p_listed_count, p_counters,
+    s_block_table, list_stride, page_stride, exact_below, budget,
+    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
+    CLASS_STEPS: tl.constexpr, BUDGETED: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the pages of distance 0 of one row."""
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    """Lists the chosen pages of one tile of BL pages, and with the first tile the last page.
+
+    They are those of a class of distances before the last one, which `p_tile_count` [rows, NT]
+    counts for each tile; and, with a budget, as many members of the last class as it still allows,
+    the nearest ones, and of those as near the earlier. Without a budget the classes are the
+    distances, and class 0 alone is chosen.
+    """
+    await_previous(CHAINED)
+    allow_next(CHAINED)
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    pages = (n + P - 1) // P
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
-    p_d = p_distance + i_row.to(tl.int64) * page_stride
-    o_l = tl.arange(0, BL)
-    count, tied = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for i_l in range(0, ranked, BL):
-        b_d = tl.load(p_d + i_l + o_l, mask=i_l + o_l < ranked, other=NEVER)
-        count, tied = list_tile(
-            b_d, i_l + o_l, ranked, 0, ranked, count, tied, p_table, p_list, list_stride, BL
-        )
-    list_rest(
-        p_table, p_list, p_listed_count, p_counters, i_row, i_h, count, ranked,
-        (n + P - 1) // P, list_stride, BL, COUNT,
-    )  # fmt: skip
+    first = i_t * BL
+    o_page = first + tl.arange(0, BL)
+    chosen = tl.full([], 0, tl.int32)
+    if ranked == 0:
+        b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
+        tl.store(p_list + o_page, b_page, mask=o_page < pages)
+        tl.store(p_list + list_stride + o_page, o_page, mask=o_page < pages)
+    elif first < ranked:
+        o_t, o_m = tl.arange(0, NT), tl.arange(0, BM)
+        b_count = tl.load(p_tile_count + i_row * NT + o_t, mask=o_t * BL < ranked, other=0)
+        before = tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
+        chosen = tl.sum(b_count, 0)
+        p_d = p_distance + i_row.to(tl.int64) * page_stride
+        b_class = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
+        if BUDGETED:
+            last, nearer = tl.load(p_rank + 2 * i_row), tl.load(p_rank + 2 * i_row + 1)
+            members = tl.load(p_member_count + i_row)
+            wanted = tl.minimum(budget - nearer, members)
+            p_m = p_members + i_row.to(tl.int64) * page_stride
+            found = last_member(p_m, members, wanted, BM)
+            for i_m in range(0, members, BM):
+                b_key = tl.load(p_m + i_m + o_m, mask=i_m + o_m < members, other=NEVER)
+                m_before = (b_key <= found) & (b_key % MOST_PAGES < first)
+                before += tl.sum(m_before.to(tl.int32), 0)
+            b_member = b_class % CLASS_STEPS * MOST_PAGES + o_page
+            b_class = b_class // CLASS_STEPS
+            m_chosen = (b_class < last) | ((b_class == last) & (b_member <= found))
+            chosen += wanted
+        else:
+            m_chosen = b_class == 0
+        b_position, _, _, _ = places(m_chosen, m_chosen, BL)
+        b_position += before
+        b_page = tl.load(p_table + o_page, mask=m_chosen, other=0).to(tl.int32)
+        tl.store(p_list + b_position, b_page, mask=m_chosen)
+        tl.store(p_list + list_stride + b_position, o_page, mask=m_chosen)
+    if i_t == 0:
+        list_rest(
+            p_table, p_list, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,
+            list_stride, COUNT,
+        )  # fmt: skip

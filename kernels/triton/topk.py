@@ -6,26 +6,27 @@
 import triton
 import triton.language as tl
 
-from .pages import NEVER, list_rest, list_tile, load_statistics, places, ranked_pages
+from .pages import MOST_PAGES, NEVER, list_rest, load_statistics, places, ranked_pages
 from .scores import allow_next, await_previous, load_queries, load_scales
 
 # Distances are whole steps, so many between the best page and the worst: nearly as fine as what
 # fp32 tells apart of scores.
 STEPS = tl.constexpr(1 << 21)
-# Of a long row the distances are counted in classes of so many steps.
-CLASS_BITS = tl.constexpr(10)
-CLASSES = tl.constexpr((1 << 21) >> 10)
+# Of a long row the distances are counted in classes of so many steps; the last class that the
+# budget reaches has few members, which are told apart one by one.
+CLASS_STEPS = tl.constexpr(1 << 10)
+CLASSES = tl.constexpr((1 << 21) // (1 << 10))
 
 
 @triton.jit
 def box_kernel(
     p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_page_maximum, p_page_minimum, p_histogram,
+    p_reach, p_page_maximum, p_page_minimum, p_histogram, p_member_count,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BP: tl.constexpr, S: tl.constexpr, ALIBI: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, ONE_TILE: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Quest's upper bounds of the scores z of pages, per query head, and the largest and the least
@@ -35,9 +36,10 @@ def box_kernel(
     """
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
-    if ONE_TILE == 0 and i_s == 0:
+    if LONG and i_s == 0:
         o_class = tl.arange(0, CLASSES)
         tl.store(p_histogram + i_row * CLASSES + o_class, tl.zeros_like(o_class))
+        tl.store(p_member_count + i_row, 0)
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     o_p, o_d, o_g = tl.arange(0, BP), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
@@ -102,97 +104,89 @@ def load_distances(
 def box_distance_kernel(
     p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_distance, p_histogram,
     page_stride, exact_below,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BR: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The distances of all pages and their histogram, where one program per row would take long."""
+    """The distances of one tile of a long row's pages, and the row's histogram of their classes."""
     await_previous(CHAINED)
     allow_next(CHAINED)
-    i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    if i_t * BL >= ranked:
+        return
+    o_page = i_t * BL + tl.arange(0, BL)
+    b_d = load_distances(
+        p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, page_stride, G, GP, S, SP
+    )
+    tl.store(p_distance + i_row.to(tl.int64) * page_stride + o_page, b_d, mask=o_page < ranked)
+    p_class = p_histogram + i_row * CLASSES + (b_d // CLASS_STEPS)
+    tl.atomic_add(p_class, tl.full([BL], 1, tl.int32), mask=o_page < ranked, sem="relaxed")
+
+
+@triton.jit
+def rank_kernel(
+    p_seq_lens, p_exact_rows, p_distance, p_histogram, p_tile_count, p_rank, p_members,
+    p_member_count,
+    page_stride, exact_below, budget,
+    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Counts the pages of one tile in classes that the budget holds whole, and collects those of
+    the class after them, in any order; with the first tile, says which class that is and how many
+    pages come before it."""
+    await_previous(CHAINED)
+    allow_next(CHAINED)
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_b * HKV + i_h
+    _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    if i_t * BL >= ranked:
+        return
+    o_page, o_class = i_t * BL + tl.arange(0, BL), tl.arange(0, CLASSES)
     p_d = p_distance + i_row.to(tl.int64) * page_stride
-    for i_p in range(i_s * BR, ranked, tl.num_programs(0) * BR):
-        o_page = i_p + tl.arange(0, BR)
-        b_d = load_distances(
-            p_reach,
-            p_page_maximum,
-            p_page_minimum,
-            i_row,
-            o_page,
-            ranked,
-            page_stride,
-            G,
-            GP,
-            S,
-            SP,
-        )
-        tl.store(p_d + o_page, b_d, mask=o_page < ranked)
-        p_class = p_histogram + i_row * CLASSES + (b_d >> CLASS_BITS)
-        tl.atomic_add(p_class, tl.full([BR], 1, tl.int32), mask=o_page < ranked, sem="relaxed")
+    b_d = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
+    b_histogram = tl.load(p_histogram + i_row * CLASSES + o_class)
+    m_whole = tl.cumsum(b_histogram, 0) <= budget
+    last = tl.sum(m_whole.to(tl.int32), 0)
+    b_class = b_d // CLASS_STEPS
+    tl.store(p_tile_count + i_row * NT + i_t, tl.sum((b_class < last).to(tl.int32), 0))
+    m_member = b_class == last
+    b_before, _, members, _ = places(m_member, m_member, BL)
+    first = tl.atomic_add(p_member_count + i_row, members, sem="relaxed")
+    b_key = b_d % CLASS_STEPS * MOST_PAGES + o_page
+    p_m = p_members + i_row.to(tl.int64) * page_stride
+    tl.store(p_m + first + b_before, b_key, mask=m_member)
+    if i_t == 0:
+        tl.store(p_rank + 2 * i_row, last)
+        tl.store(p_rank + 2 * i_row + 1, tl.sum(tl.where(m_whole, b_histogram, 0), 0))
 
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def choose_kernel(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_distance,
-    p_histogram, p_members, p_listed, p_listed_count, p_counters,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+    p_listed, p_listed_count, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
-    ONE_TILE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the `budget` nearest pages of one row in their order; of pages as near, the earlier.
-
-    ONE_TILE: all pages fit one tile of BL, whose distances are computed here. Otherwise their
-    histogram says among which the last page within the budget is.
-    """
+    """Lists the `budget` nearest pages of one row of at most BL pages in their order; of pages as
+    near, the earlier."""
     await_previous(CHAINED)
+    allow_next(CHAINED)
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_h
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
-    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
-    p_d = p_distance + i_row.to(tl.int64) * page_stride
+    pages = (n + P - 1) // P
     o_l = tl.arange(0, BL)
-    if ONE_TILE:
-        b_distance = load_distances(
-            p_reach, p_page_maximum, p_page_minimum, i_row, o_l, ranked, page_stride, G, GP, S, SP
-        )
-    # At most `budget` pages are nearer than `found`, and more are nearer than `far`; `members` are
-    # those between, if a tile holds them.
+    b_distance = load_distances(
+        p_reach, p_page_maximum, p_page_minimum, i_row, o_l, ranked, page_stride, G, GP, S, SP
+    )
+    # At most `budget` pages are nearer than `found`, and more are nearer than `far`.
     found, far = tl.full([], 0, tl.int32), tl.full([], STEPS, tl.int32)
     nearer, within = tl.full([], 0, tl.int32), ranked
-    outside = tl.full([], 0, tl.int32)
     if budget >= ranked:
         found, nearer = far, nearer + budget
-    if ONE_TILE:
-        b_member, resident = b_distance, tl.full([], 1, tl.int32)
-    else:
-        b_member = tl.full([BL], NEVER, tl.int32)
-        resident = tl.full([], 0, tl.int32)
-        if budget < ranked:
-            o_class = tl.arange(0, CLASSES)
-            b_histogram = tl.load(p_histogram + i_row * CLASSES + o_class)
-            last = tl.sum((tl.cumsum(b_histogram, 0) <= budget).to(tl.int32), 0)
-            nearer = tl.sum(tl.where(o_class < last, b_histogram, 0), 0)
-            within = nearer + tl.sum(tl.where(o_class == last, b_histogram, 0), 0)
-            found, far = last << CLASS_BITS, (last + 1) << CLASS_BITS
-            resident = (within - nearer <= BL).to(tl.int32)
-            if resident > 0:
-                p_m = p_members + i_row.to(tl.int64) * BL
-                kept = tl.full([], 0, tl.int32)
-                b_next = tl.load(p_d + o_l, mask=o_l < ranked, other=NEVER)
-                for i_l in range(0, ranked, BL):
-                    b_d, o_next = b_next, i_l + BL + o_l
-                    b_next = tl.load(p_d + o_next, mask=o_next < ranked, other=NEVER)
-                    m_member = (b_d >> CLASS_BITS) == last
-                    b_before, _, members, _ = places(m_member, m_member, BL)
-                    tl.store(p_m + kept + b_before, b_d, mask=m_member)
-                    kept += members
-                # What the program's other threads wrote is read.
-                tl.debug_barrier()
-                b_member = tl.load(p_m + o_l, mask=o_l < kept, other=NEVER)
-                outside = nearer
     rounds = 0
     while (far - found > 1) & (nearer < budget):
         # Two trials on either side of where the last page is expected, so far apart that it likely
@@ -206,18 +200,10 @@ def choose_kernel(
         low, high = ((share - margin) * width).to(tl.int32), ((share + margin) * width).to(tl.int32)
         low = tl.minimum(tl.maximum(found + low, found + 1), far - 1)
         high = tl.minimum(tl.maximum(found + high, found + 1), far - 1)
-        if ONE_TILE or resident > 0:
-            # Both counts are at most BL <= 8192, so one sum serves both.
-            counts = (b_member < low).to(tl.int32) + ((b_member < high).to(tl.int32) << 16)
-            counts = tl.sum(counts, 0)
-            count_low, count_high = outside + (counts & 0xFFFF), outside + (counts >> 16)
-        else:
-            b_low, b_high = tl.zeros([BL], tl.int32), tl.zeros([BL], tl.int32)
-            for i_l in tl.range(0, ranked, BL, loop_unroll_factor=4):
-                b_d = tl.load(p_d + i_l + o_l, mask=i_l + o_l < ranked, other=NEVER)
-                b_low += (b_d < low).to(tl.int32)
-                b_high += (b_d < high).to(tl.int32)
-            count_low, count_high = tl.sum(b_low, 0), tl.sum(b_high, 0)
+        # Both counts are below 2 ** 16, so one sum serves both.
+        counts = (b_distance < low).to(tl.int32) + ((b_distance < high).to(tl.int32) << 16)
+        counts = tl.sum(counts, 0)
+        count_low, count_high = counts & 0xFFFF, counts >> 16
         if count_high <= budget:
             found, nearer = high, count_high
         else:
@@ -228,20 +214,21 @@ def choose_kernel(
             found, nearer = low, count_low
         rounds += 1
     ties = budget - nearer
-    count, tied = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    if ONE_TILE:
-        count, tied = list_tile(
-            b_distance, o_l, ranked, found, ties, count, tied, p_table, p_list, list_stride, BL
-        )
-    else:
-        b_next = tl.load(p_d + o_l, mask=o_l < ranked, other=NEVER)
-        for i_l in range(0, ranked, BL):
-            b_d, o_next = b_next, i_l + BL + o_l
-            b_next = tl.load(p_d + o_next, mask=o_next < ranked, other=NEVER)
-            count, tied = list_tile(
-                b_d, i_l + o_l, ranked, found, ties, count, tied, p_table, p_list, list_stride, BL
-            )
+    m_nearer, m_tied = b_distance < found, (b_distance == found) & (o_l < ranked)
+    b_nearer, b_tied, all_nearer, all_tied = places(m_nearer, m_tied, BL)
+    m_chosen = m_nearer | (m_tied & (b_tied < ties))
+    b_position = b_nearer + tl.minimum(b_tied, ties)
+    chosen = all_nearer + tl.minimum(all_tied, ties)
+    # A row that is not ranked is read whole.
+    m_whole = o_l < tl.where(ranked == 0, pages, 0)
+    b_position = tl.where(m_whole, o_l, b_position)
+    m_chosen = m_chosen | m_whole
+    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
+    b_page = tl.load(p_table + o_l, mask=m_chosen, other=0).to(tl.int32)
+    tl.store(p_list + b_position, b_page, mask=m_chosen)
+    tl.store(p_list + list_stride + b_position, o_l, mask=m_chosen)
     list_rest(
-        p_table, p_list, p_listed_count, p_counters, i_row, i_h, count, ranked,
-        (n + P - 1) // P, list_stride, BL, COUNT,
+        p_table, p_list, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,
+        list_stride, COUNT,
     )  # fmt: skip

@@ -19,6 +19,7 @@ CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
+_RANKED_ALONE = 2048
 _MOST_NEAR = 32768
 _NEAR = 1 << 22
 _ALIGNMENT = 256
@@ -98,7 +99,7 @@ class Shape:
     @property
     def page_splits(self) -> int:
         """The same for the scores of pages."""
-        return min(self._programs(2), -(-self.max_pages // self.page_tile))
+        return min(self._programs(4), -(-self.max_pages // self.page_tile))
 
     def _programs(self, per_processor: int) -> int:
         programs = per_processor * self.processors // (self.batch * self.kv_heads)
@@ -155,9 +156,20 @@ class Shape:
         return -(-self.max_pages // 16) * 16
 
     @property
+    def long_rows(self) -> bool:
+        """Whether a row has more pages than one program should rank."""
+        return self.max_pages > _RANKED_ALONE
+
+    @property
     def list_tile(self) -> int:
-        """Pages that the program that lists those of a row looks at together."""
-        return min(8192, max(256, triton.next_power_of_2(self.max_pages)))
+        """Pages that one of the programs that list those of a row looks at."""
+        if self.selector == "topk" and not self.long_rows:
+            return max(256, triton.next_power_of_2(self.max_pages))
+        return 1024
+
+    @property
+    def list_tiles(self) -> int:
+        return -(-self.max_pages // self.list_tile)
 
     def fields(self, capacity: int) -> dict[str, tuple[torch.dtype, int]]:
         """Elements of each part of the workspace, with lists of `capacity` per split."""
@@ -194,13 +206,16 @@ class Shape:
                 "listed_count": (torch.int32, rows),
                 "reach": (torch.float32, heads * self.page_stride),
                 "distance": (torch.int32, rows * self.page_stride),
+                "tile_count": (torch.int32, rows * triton.next_power_of_2(self.list_tiles)),
             }
         if self.selector == "topk":
             fields |= {
                 "page_maximum": (torch.float32, page_own),
                 "page_minimum": (torch.float32, page_own),
                 "histogram": (torch.int32, rows * DISTANCE_CLASSES.value),
-                "members": (torch.int32, rows * self.list_tile),
+                "rank": (torch.int32, rows * 2),
+                "members": (torch.int32, rows * self.page_stride),
+                "member_count": (torch.int32, rows),
             }
         if self.selector == "gaussian":
             fields |= {

@@ -111,12 +111,14 @@ def test_equal_pages_go_to_the_earlier_one():
 
 @pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
 def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch):
-    monkeypatch.setattr(Shape, "list_tile", 256)
-    scene = sparse_scene(TopK(1000), [700 * 16, 40], kv_heads=1, group=2)
+    monkeypatch.setattr(Shape, "long_rows", True)
+    lengths = [1100 * 16 + 1, 40, 1030 * 16]
+    scene = sparse_scene(TopK(1000), lengths, kv_heads=1, group=2)
     if equal:
         scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
-    pages = check(TopK(1000), scene)
-    assert (pages[0].sum(-1) == 1000 // 16 + 1).all()
+    exact_rows = torch.tensor([False, False, True])
+    pages = check(TopK(1000), scene, exact_rows=exact_rows)
+    assert pages.sum(-1).flatten().tolist() == [1000 // 16 + 1, 3, 1030]
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
