@@ -159,8 +159,8 @@ def flash_attention(
 
 def entmax_steps(
     case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor, selector: Selector
-) -> tuple[list[Step], torch.Tensor]:
-    """This project's steps, and the counters that they add to."""
+) -> tuple[list[Step], list[torch.Tensor], torch.Tensor]:
+    """This project's steps, their outputs, and the counters that they add to."""
     size = decode_workspace_size(
         case.batch,
         case.query_heads,
@@ -182,8 +182,9 @@ def entmax_steps(
         )
     )
 
+    outs = [torch.empty_like(query) for query in queries]
+
     def step(index: int) -> Step:
-        out = torch.empty_like(queries[index])
         return lambda: decode(
             queries[index],
             bare,
@@ -193,12 +194,26 @@ def entmax_steps(
             alpha=1.5,
             selector=selector,
             counters=counters,
-            out=out,
+            out=outs[index],
             workspace=workspace,
             implementation="triton",
         )
 
-    return [step(index) for index in range(case.sets)], counters
+    return [step(index) for index in range(case.sets)], outs, counters
+
+
+def exact_error(
+    case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor, out: torch.Tensor
+) -> float:
+    """Relative error of the output of the first sequence's first KV head against fp64."""
+    group = case.query_heads // case.kv_heads
+    key, value = (
+        x[tables[0, 0].long(), 0].flatten(0, 1).double() for x in (pages.key, pages.value)
+    )
+    z = queries[0, 0, :group].double() @ key.T * (0.5 * case.head_size**-0.5)
+    weights = (z - entmax_threshold_sort(z, 1.5)[..., None]).clamp_min(0).square()
+    exact = weights @ value / weights.sum(-1, keepdim=True)
+    return ((out[0, :group].double() - exact).norm() / exact.norm()).item()
 
 
 def read_bytes(case: Case, row: dict[str, Any], selector: Selector, size: int) -> int:
@@ -224,7 +239,7 @@ def measure(
     flash = flash_attention(case, pages, tables, queries)
     rows = []
     for name, selector in selectors.items():
-        steps, counters = entmax_steps(case, pages, tables, queries, selector)
+        steps, outs, counters = entmax_steps(case, pages, tables, queries, selector)
         graphs = {
             arm: graph_of(arm_steps) for arm, arm_steps in ({"entmax": steps} | flash).items()
         }
@@ -234,7 +249,7 @@ def measure(
         flash_us = min(median["fa3_plain"], median["fa3_scheduled"])
         held, read = (counters[c].item() for c in (Counter.PAGES_HELD, Counter.PAGES_READ))
         support = counters[Counter.SUPPORT].item() / counters[Counter.QUERY_HEADS].item()
-        row = {
+        row: dict[str, Any] = {
             "kernel": name,
             "selector": selector.name,
             "batch": case.batch,
@@ -253,6 +268,8 @@ def measure(
             "ratio_fa3": flash_us / median["entmax"],
         }
         row["bytes"] = read_bytes(case, row, selector, pages.key.itemsize)
+        if isinstance(selector, Exact):
+            row["error"] = exact_error(case, pages, tables, queries, outs[0])
         if profiled:
             row["kernels_us"] = kernel_times(steps[:PROFILED_SETS])
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

@@ -103,7 +103,7 @@ def own_steps(
             slots = torch.arange(len(keys) * PAGE_SIZE, device="cuda") + first * PAGE_SIZE
             key, value = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
             append(pages, key, value, slots, implementation="triton")
-        steps[name], _ = entmax_steps(case, pages, tables, queries, selector)
+        steps[name], _, _ = entmax_steps(case, pages, tables, queries, selector)
     return steps
 
 

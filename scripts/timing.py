@@ -14,6 +14,8 @@ Step = Callable[[], Any]
 
 def graph_of(steps: list[Step]) -> torch.cuda.CUDAGraph:
     """One graph that runs every step once."""
+    # What the steps read may still be on its way on another stream.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for step in steps:
