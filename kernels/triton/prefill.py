@@ -54,9 +54,8 @@ def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
         return Tiles(rows, 32, warps=4, stages=2, value_stages=1, resident=2)
     if padded_head_size == 256:
         return Tiles(64, 64, warps=8, stages=2, value_stages=1, resident=1)
-    # With so few registers that two programs run at a time, one of them multiplies while the other
-    # one adds scores; a few registers spill.
-    return Tiles(128, 64, warps=8, stages=3, value_stages=2, resident=2, registers=128)
+    # Small enough that two programs run at a time, one of which multiplies while the other adds.
+    return Tiles(64, 64, warps=4, stages=3, value_stages=2, resident=2)
 
 
 def prefill_workspace_size(
