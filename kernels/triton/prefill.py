@@ -15,15 +15,6 @@ from .workspace import processors
 
 EXCESS_MASS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 """Mass above one from which a Newton step is exact to the precision of the weights."""
-EARLY_MASS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Mass above one from which it mostly is, which the sum of the weights tells."""
-
-SAMPLED_FROM = 256
-"""Key tiles without masks from which a sample of them guesses the threshold."""
-SAMPLE_SHARE = 32
-"""Key tiles that one sampled tile stands for, where there are many."""
-LEAST_SAMPLES = 8
-"""Sampled key tiles at least."""
 
 _ALIGNMENT = 256
 _LISTED = 1024
@@ -34,8 +25,8 @@ _LISTED = 1024
 class Tiles:
     """Sizes of a program's tiles.
 
-    rows: queries times packed query heads. keys: of a key tile. resident: programs that a
-    multiprocessor runs at a time. registers: of a thread at most; None for as many as it takes.
+    rows: queries times query heads of one KV head. keys: of a key tile. resident: programs that a
+    multiprocessor runs at a time.
     """
 
     rows: int
@@ -44,7 +35,6 @@ class Tiles:
     stages: int
     value_stages: int
     resident: int
-    registers: int | None = None
 
 
 def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
@@ -54,8 +44,7 @@ def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
         return Tiles(rows, 32, warps=4, stages=2, value_stages=1, resident=2)
     if padded_head_size == 256:
         return Tiles(64, 64, warps=8, stages=2, value_stages=1, resident=1)
-    # Small enough that two programs run at a time, one of which multiplies while the other adds.
-    return Tiles(64, 64, warps=4, stages=3, value_stages=2, resident=2)
+    return Tiles(128, 64, warps=8, stages=3, value_stages=2, resident=2)
 
 
 def prefill_workspace_size(
@@ -117,12 +106,8 @@ def prefill(
     padded_head_size = max(16, triton.next_power_of_2(head_size))
     tiles = tiles_for(query.dtype, padded_head_size)
     group = query_heads // kv_heads
-    # Few queries share their keys between the heads of a group. Many fill a tile with one head,
-    # whose support leaves more key tiles empty than that of several.
-    pack = 1 if tokens >= tiles.rows * batch else group
-    packs = query_heads // pack
-    rows = max(tiles.rows, triton.next_power_of_2(pack))
-    queries = rows // pack
+    rows = max(tiles.rows, triton.next_power_of_2(group))
+    queries = rows // group
     # Upper bound of the tiles of any division of the tokens into sequences.
     tile_count = tokens // queries + batch
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
@@ -150,9 +135,8 @@ def prefill(
         "value_scale": value_scale,
         "factor": 1.0 if isinstance(alpha, Tensor) else score_factor(alpha),
         "exponent": b,
-        "PACKS": packs,
-        "R": group // pack,
-        "G": pack,
+        "HKV": kv_heads,
+        "G": group,
         "D": head_size,
         "DP": padded_head_size,
         "P": page_size,
@@ -169,10 +153,10 @@ def prefill(
         "num_warps": tiles.warps,
     }
     if per_head or alpha == 1:
-        _launch(prefill_softmax_kernel, (tile_count, packs), arguments, **options)
+        _launch(prefill_softmax_kernel, (tile_count, kv_heads), arguments, **options)
     if per_head or alpha != 1:
         stride = _list_stride(block_table.shape[1] * page_size, tiles)
-        programs = min(tile_count * packs, tiles.resident * processors(query.device))
+        programs = min(tile_count * kv_heads, tiles.resident * processors(query.device))
         if workspace is None:
             size = _ALIGNMENT + programs * 5 * stride
             workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
@@ -195,21 +179,16 @@ def prefill(
             p_lists=lists.view(torch.int32),
             p_flags=flags,
             list_stride=stride,
-            early_mass=EARLY_MASS[query.dtype],
             excess_mass=EXCESS_MASS[query.dtype],
             BC=_LISTED,
             ORDER=int(b) if not per_head and b in (1, 2, 3) else 0,
             STAGES=tiles.stages,
-            SAMPLED_FROM=SAMPLED_FROM,
-            SAMPLE_SHARE=SAMPLE_SHARE,
-            LEAST_SAMPLES=LEAST_SAMPLES,
-            maxnreg=tiles.registers,
         )
     return out
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
     """Launch a kernel with those of the arguments that it has."""
-    names = {*kernel.arg_names, "num_warps", "maxnreg"}
+    names = {*kernel.arg_names, "num_warps"}
     given = {**arguments, **options}
     kernel[grid](**{name: value for name, value in given.items() if name in names})

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .prefill_tiles import find_tile, key_tiles, load_pages, load_rows, score, tile_bounds
+from .prefill_kernels import find_tile, key_tiles, load_pages, load_rows, score, tile_bounds
 
 
 @triton.jit
@@ -28,18 +28,18 @@ def accumulate(b_z, b_maximum, b_total, b_acc, b_v):
     do_not_specialize_on_alignment=["p_block_table", "p_seq_lens", "p_query_start_loc"],
 )
 def prefill_softmax_kernel(
-    p_query,  # [tokens, query_heads, D]
-    p_key,  # [pages, kv_heads, P, D]
-    p_value,  # [pages, kv_heads, P, D]
+    p_query,  # [tokens, HKV * G, D]
+    p_key,  # [pages, HKV, P, D]
+    p_value,  # [pages, HKV, P, D]
     p_block_table,  # [batch, max_pages]
     p_seq_lens,  # [batch]
     p_query_start_loc,  # [batch + 1]
-    p_alpha,  # [query_heads] float64
-    p_slopes,  # [query_heads] float32
-    p_out,  # [tokens, query_heads, D]
+    p_alpha,  # [HKV * G] float64
+    p_slopes,  # [HKV * G] float32
+    p_out,  # [tokens, HKV * G, D]
     s_query_t, s_query_h, s_out_t, s_out_h, s_page, s_head, s_block_table,
     batch, tiles, window, scale, value_scale,
-    R: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
@@ -72,8 +72,8 @@ def prefill_softmax_kernel(
     o_token = (token + o_q).to(tl.int64)
     o_query = (o_token * s_query_t + o_head * s_query_h)[:, None] + o_d[None, :]
     b_q = tl.load(p_query + o_query, mask=m_q, other=0.0)  # [BM, DP]
-    p_k = p_key + (i_h // R).to(tl.int64) * s_head
-    p_v = p_value + (i_h // R).to(tl.int64) * s_head
+    p_k = p_key + i_h.to(tl.int64) * s_head
+    p_v = p_value + i_h.to(tl.int64) * s_head
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
 

@@ -1,7 +1,5 @@
 """Compiled prefill: as accurate as straightforward PyTorch, whatever the seed of its threshold."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from reference.scene import make_scene
@@ -111,67 +109,6 @@ def test_high_scores_that_the_seed_misses_are_found(alpha, others):
     scene.key[0][100 : 100 + others] += 20 * scene.query[0][:1] / scene.query[0][0].norm()
     scene.append_all()
     check(scene, [64], alpha=alpha)
-
-
-@pytest.fixture
-def sampled(monkeypatch):
-    """Makes short rows have guesses, from four key tiles: every stride-th key without a mask."""
-    launches = import_module("entmaxkv_kernels.triton.prefill")
-    monkeypatch.setattr(launches, "SAMPLED_FROM", 4)
-    monkeypatch.setattr(launches, "LEAST_SAMPLES", 4)
-
-
-@pytest.mark.usefixtures("sampled")
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.2], ids="alpha {}".format)
-def test_a_guess_from_a_sample_changes_no_result(alpha):
-    check(make_scene([70, 333], kv_heads=1, dtype=torch.float32), [60, 40], alpha=alpha)
-
-
-@pytest.mark.usefixtures("sampled")
-def test_a_guess_keeps_to_the_window_and_to_the_heads_of_entmax():
-    scene = make_scene([400], dtype=torch.float32)
-    check(scene, [20], alpha=MIXED, alibi_slopes=SLOPES, sliding_window=250)
-
-
-def scene_of_scores(scores, alpha):
-    """A scene whose scores z are given for each key."""
-    scene = make_scene([len(scores)], kv_heads=1, group=1, dtype=torch.float32, filled=False)
-    query, key = scene.query[0], scene.key[0]
-    query[:], key[:] = 0, 0
-    query[..., 0], key[..., 0] = 1, scores[:, None] / (alpha - 1) / scene.scale
-    scene.append_all()
-    return scene
-
-
-STRIDE = 6
-"""Between the sampled keys of 25 key tiles without masks, of which four are sampled."""
-
-
-@pytest.mark.usefixtures("sampled")
-@pytest.mark.parametrize("alpha", [1.5, 2.0], ids="alpha {}".format)
-@pytest.mark.parametrize("others", [3, 0])
-def test_a_guess_that_is_too_high_is_found_out(alpha, others):
-    scores = torch.full((801,), -3.0)
-    high = torch.tensor([20, 41, 62]) * STRIDE
-    scores[high] = 1.0
-    # They lie between the threshold and the guess.
-    scores[high[:others] + 70] = 0.65 if alpha == 1.5 else 0.8
-    check(scene_of_scores(scores, alpha), [1], alpha=alpha)
-
-
-@pytest.mark.usefixtures("sampled")
-@pytest.mark.parametrize("place", [0, 1], ids=["sampled", "not sampled"])
-def test_a_nan_shows_though_the_threshold_is_guessed(place):
-    scores = torch.zeros(801)
-    scores[20 * STRIDE + place] = torch.nan
-    (chunk,) = run(scene_of_scores(scores, 1.5), [1])
-    assert chunk.isnan().all()
-
-
-def test_a_newton_step_that_was_not_exact_enough_is_made_up_for(monkeypatch):
-    launches = import_module("entmaxkv_kernels.triton.prefill")
-    monkeypatch.setitem(launches.EARLY_MASS, torch.float16, 1e9)
-    check(make_scene([250], kv_heads=1, dtype=torch.float16), [40])
 
 
 def test_two_runs_give_the_same_bits():
