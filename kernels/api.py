@@ -1,8 +1,7 @@
 """The public kernels: validate, then hand over to an implementation.
 
 `implementation` is `"reference"` (plain PyTorch, anywhere) or `"triton"` (compiled, fp8, fp16, bf16
-and fp32; on a CPU only in Triton's interpreter). The reference is the default: the compiled kernels
-are tested in the interpreter, but on a GPU only an earlier revision of decode was.
+and fp32; on a CPU only in Triton's interpreter). The reference is the default.
 
 A torch.float8_e4m3fn cache holds keys and values divided by `key_scale` and `value_scale`, which
 have to be the same numbers in every call on it, and takes and gives fp16, bf16 or fp32. No other
@@ -25,6 +24,7 @@ from .validation import (
     check_append,
     check_attention,
     check_compiled,
+    check_compiled_append,
     check_decode,
     check_query_start_loc,
     check_scales,
@@ -90,7 +90,10 @@ def append(
     """
     check_append(cache, key, value, slot_mapping)
     check_scales(cache, key_scale, value_scale)
-    _load(implementation, cache, slot_mapping=slot_mapping).append(
+    compute = _load(implementation, cache, slot_mapping=slot_mapping)
+    if implementation == "triton":
+        check_compiled_append(cache)
+    compute.append(
         cache,
         key,
         value,
