@@ -5,6 +5,7 @@ from pathlib import Path
 
 import measure_fidelity
 import pytest
+import tabulate_kernels
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
@@ -17,6 +18,21 @@ def result():
 
 def test_the_fidelity_page_shows_its_result_file(result):
     assert measure_fidelity.table(result) in (DOCS / "fidelity.md").read_text()
+
+
+def test_the_kernels_page_shows_its_result_files():
+    tables = tabulate_kernels.tables()
+    assert tables in (DOCS / "kernels.md").read_text()
+    assert all(f"(results/{path.name})" in tables for path in DOCS.glob("results/*h200*.json"))
+
+
+def test_measured_steps_read_what_they_say():
+    for path in DOCS.glob("results/decode-*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            share = {"exact": (1, 1), "sparse": (0.05, 0.052), "gaussian": (0.05, 1)}[row["kernel"]]
+            assert share[0] - 1e-3 <= row["pages_read"] <= share[1]
+            assert 0 < row["support"] < 0.011
+            assert row.get("error", 0) <= 2**-8
 
 
 def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):

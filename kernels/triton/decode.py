@@ -261,7 +261,7 @@ def _attend_warps(shape: Shape) -> int:
     if shape.max_read <= 2048:
         return 4
     crowded = shape.value_parts * shape.query_heads * shape.batch > 2 * shape.processors
-    return 8 if crowded else 16
+    return 8 if crowded or shape.max_read <= 8192 else 16
 
 
 def _warps(shape: Shape) -> int:
