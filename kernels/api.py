@@ -83,7 +83,7 @@ def append(
     key_scale, value_scale: what a number in an fp8 cache is multiplied by to give the key or the
         value, finite and above 0; 1 for any other cache. A quotient out of range is stored as the
         nearest number in range, +-448. The statistics are those of the stored numbers, not
-        multiplied.
+        multiplied; compiled on a GPU, fp8 pages have to be without them for now.
 
     Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device, and for
     a scale out of range or of a cache that is not fp8.
