@@ -10,7 +10,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fuzz_cases import DEVICE, FAMILIES, Batch, Draw, Family, attention, make_batch
+from timing import checked_out
 
 from entmaxkv_kernels import Counter, Exact, decode, prefill
 from entmaxkv_kernels.reference.select import select_pages
@@ -244,11 +244,6 @@ def gather(workers: int, cases: int, seconds: float) -> tuple[dict[str, Any], li
         for name, count in counts.items()
     }
     return {"cases": done, "failures": len(failures), "families": families}, failures
-
-
-def checked_out() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def main() -> None:

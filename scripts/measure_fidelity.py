@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import put_tables
 
 from entmaxkv_kernels import Exact, analyze_decode
 from entmaxkv_vllm import DEMO_MODEL, __version__
@@ -30,7 +31,6 @@ LENGTHS = (2048, 4096, 8192)
 KEYS = (1, 8)
 ANSWER_TOKENS = 64
 BATCH = 8
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MEASURES = ("pages_read", "dropped_mass", "support_recall", "output_error")
 
 
@@ -184,13 +184,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rewrite_page(page: Path, result: dict[str, Any]) -> None:
-    """Put the tables into a Markdown page, between its two marks."""
-    before, rest = page.read_text().split(f"{BEGIN}\n")
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
@@ -212,7 +205,7 @@ def main() -> None:
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if arguments.page:
-        rewrite_page(arguments.page, result)
+        put_tables(arguments.page, table(result))
 
 
 if __name__ == "__main__":

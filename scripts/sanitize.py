@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from fuzz import run_case
 from fuzz_cases import FAMILIES
+from timing import checked_out
 
 TOOLS = {
     "memcheck": ["--leak-check", "no"],
@@ -81,10 +82,9 @@ def main() -> None:
         return
     run_cases()  # compiles
     results = [check(tool, TOOLS[tool], arguments.seconds) for tool in arguments.tools]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about = {
         "gpu": torch.cuda.get_device_name(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": checked_out(),
         "date": datetime.date.today().isoformat(),
         "cases": [f"{name} {index}" for name, index in CASES if name in FAMILIES],
     }

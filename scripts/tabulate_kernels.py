@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tables import put_tables
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 PEAK = {"NVIDIA H200": 4.26e12}
 """Bytes per second that reading alone reaches, measured."""
 
@@ -150,9 +151,7 @@ def tables(results: Path = DOCS / "results") -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    before, rest = PAGE.read_text().split(f"{BEGIN}\n")
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}")
+    put_tables(PAGE, tables())
 
 
 if __name__ == "__main__":

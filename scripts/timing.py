@@ -71,17 +71,20 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
 
 
+def checked_out() -> str:
+    """The commit of this checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def about(commit: str | None) -> dict[str, Any]:
     """Which GPU, versions and commit a result belongs to, and its date.
 
     commit: for a copy of the code that is no checkout.
     """
-    if commit is None:
-        command = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions(),
-        "commit": commit or "unknown",
+        "commit": commit or checked_out(),
         "date": datetime.date.today().isoformat(),
     }

@@ -113,7 +113,7 @@ def decode(
         "CHAINED": query.is_cuda,
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
-    arguments = {"p_listed": None, "p_listed_count": None, "p_found": None} | arguments
+    arguments = {"p_listed": None, "p_listed_count": None} | arguments
     if not isinstance(selector, Exact):
         _list_pages(shape, cache.statistics, selector, arguments)
     if isinstance(alpha, Tensor) or alpha == 1:

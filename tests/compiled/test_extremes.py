@@ -50,7 +50,7 @@ def test_every_row_is_written_where_tiles_and_splits_divide_unevenly(monkeypatch
     assert step.scratch("near_count").max() > 128
 
 
-def test_a_program_keeps_all_that_it_can_meet_or_the_fallback_is_launched():
+def test_no_program_meets_more_candidates_than_are_reckoned_with():
     heads = [(1, 1), (4, 1), (8, 8), (32, 8), (64, 8), (16, 1)]
     for query_heads, kv_heads in heads:
         for batch in (1, 2, 3, 5, 7, 16, 33, 65, 176, 256):
@@ -89,7 +89,7 @@ def test_equal_scores_far_from_zero_have_equal_weight(size, alpha, monkeypatch):
     assert (chunks[0][-1].double() - means[0]).abs().max() <= 2e-6
 
 
-def test_an_infinite_score_shows_in_its_own_output_alone(monkeypatch):
+def test_an_infinite_score_shows_in_its_own_output_alone():
     scene = make_scene([300, 90], group=1, dtype=torch.float32)
     scene.cache.key[scene.block_table[0, 3], 1, 5] = torch.inf
     out = decode_step(scene).run()
