@@ -24,7 +24,6 @@ from .validation import (
     check_append,
     check_attention,
     check_compiled,
-    check_compiled_append,
     check_decode,
     check_query_start_loc,
     check_scales,
@@ -83,7 +82,7 @@ def append(
     key_scale, value_scale: what a number in an fp8 cache is multiplied by to give the key or the
         value, finite and above 0; 1 for any other cache. A quotient out of range is stored as the
         nearest number in range, +-448. The statistics are those of the stored numbers, not
-        multiplied; compiled on a GPU, fp8 pages have to be without them for now.
+        multiplied.
 
     Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device, and for
     a scale out of range or of a cache that is not fp8.
@@ -91,8 +90,6 @@ def append(
     check_append(cache, key, value, slot_mapping)
     check_scales(cache, key_scale, value_scale)
     compute = _load(implementation, cache, slot_mapping=slot_mapping)
-    if implementation == "triton":
-        check_compiled_append(cache)
     compute.append(
         cache,
         key,

@@ -219,16 +219,6 @@ def check_workspace(workspace: Tensor, query: Tensor) -> None:
     _require(workspace.is_contiguous(), "workspace", "strided", "contiguous memory")
 
 
-def check_compiled_append(cache: PagedCache) -> None:
-    """Statistics of fp8 pages failed their test on an H200, for a reason not found yet."""
-    _require(
-        not (cache.key.dtype == FP8 and cache.key.is_cuda and cache.layout.statistics),
-        "cache.layout.statistics",
-        cache.layout.statistics,
-        f"() for an append to a {FP8} cache on a GPU by implementation 'triton'",
-    )
-
-
 def check_strides(**tensors: Tensor | None) -> None:
     """The compiled kernels take elements of the last dimension for neighbours in memory."""
     for name, tensor in tensors.items():

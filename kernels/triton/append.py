@@ -59,7 +59,7 @@ def write_page(
     tl.store(p_cache_value + o_row, b_value, mask=m_new)
     if STATISTICS > 0:
         b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
-        b_key = tl.where(m_new, b_key, b_old).to(tl.float32)  # [P, DP]
+        b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
         if STATISTICS == 1:
             count = (last + 1).to(tl.float32)

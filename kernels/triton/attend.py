@@ -10,7 +10,6 @@ programs that share a head by the parts of its size solve the threshold and weig
 import triton
 import triton.language as tl
 
-from .collect import CLASSES
 from .counters import SUPPORT, count_step
 from .entmax import (
     EXCESS_MASS,
@@ -34,7 +33,7 @@ PEAK_STEPS = tl.constexpr(4)
 @triton.jit
 def lower_bound(
     p_guess, p_mass, p_slope, o_head, o_a, b_maximum, peak, filtered, b,
-    S: tl.constexpr, GUESSED: tl.constexpr, ORDER: tl.constexpr,
+    S: tl.constexpr, CLASSES: tl.constexpr, GUESSED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A lower bound of tau, less the largest score `peak`, and whether it is proved.
 
@@ -62,6 +61,39 @@ def lower_bound(
     return lower, proved
 
 
+@triton.jit
+def pack_above(b_z, lower, kept, limit, WIDTH: tl.constexpr):
+    """Positions after `kept` of those of b_z [N] that are not at most `lower`, `limit` of the
+    others; and how many they are.
+
+    WIDTH: threads of the program; the positions of what a thread holds are a sum within it.
+    """
+    # Not "greater": a NaN is kept.
+    m_near = tl.reshape(1 - (b_z <= lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
+    b_thread = tl.sum(m_near, 0)  # [WIDTH]
+    b_before = kept + tl.cumsum(b_thread, 0) - b_thread
+    b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
+    b_position = tl.where(m_near > 0, b_position, limit)
+    return tl.reshape(b_position, b_z.shape), tl.sum(b_thread, 0)
+
+
+@triton.jit
+def load_slots(
+    p_pages, p_slot, o_split, o_place, o_list, b_count, entries, filtered,
+    S: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, GUESSED: tl.constexpr,
+):  # fmt: skip
+    """Slots of the tokens at places of the lists of splits: where they are filtered, listed beside
+    their scores; else those of the tiles that a split has scored."""
+    m_place = o_place < b_count
+    if GUESSED and filtered > 0:
+        b_slot = tl.load(p_slot + o_list, mask=m_place, other=0)
+    else:
+        o_entry = (o_split + o_place // BN * S) * (BN // P) + o_place % BN // P
+        b_page = tl.load(p_pages + o_entry, mask=m_place & (o_entry < entries), other=0)
+        b_slot = b_page.to(tl.int32) * P + o_place % P
+    return b_slot
+
+
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
 @triton.jit(do_not_specialize=["capacity"])
 def filter_kernel(
@@ -70,9 +102,9 @@ def filter_kernel(
     p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     s_block_table, list_stride, window, capacity, store_below, limit, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-    SP: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr, WIDTH: tl.constexpr,
-    GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, CHAINED: tl.constexpr,
+    SP: tl.constexpr, CLASSES: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr,
+    WIDTH: tl.constexpr, GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Packs the candidates of one query head that lie above a lower bound of tau, with their
     slots, from one part in FP of the lists.
@@ -80,18 +112,17 @@ def filter_kernel(
     What is packed, and the bound, are less the largest score: such differences are exact near it,
     where the threshold may lie closer than the scores' own precision.
 
-    JC places of every list are looked at together, WIDTH being the threads of the program: the
-    positions of what a thread keeps are a sum within the thread.
+    JC places of every list are looked at together, WIDTH being the threads of the program.
     """
-    await_previous(CHAINED)
-    allow_next(CHAINED)
     i_f, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_hq // G
     i_head = i_b * HKV * G + i_hq
+    n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    await_previous(CHAINED)
+    allow_next(CHAINED)
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         tl.store(p_state + i_head, DONE)
         return
-    n = tl.load(p_seq_lens + i_b).to(tl.int32)
     SF: tl.constexpr = SP // FP
     o_f = tl.arange(0, SF * JC)
     o_s, o_j = i_f * SF + o_f // JC, o_f % JC
@@ -118,8 +149,9 @@ def filter_kernel(
     peak = tl.where(peak > -float("inf"), peak, 0.0)
     b_maximum -= peak
     lower, proved = lower_bound(
-        p_guess, p_mass, p_slope, i_head, o_a, b_maximum, peak, filtered, b, S, GUESSED, ORDER
-    )
+        p_guess, p_mass, p_slope, i_head, o_a, b_maximum, peak, filtered, b, S, CLASSES, GUESSED,
+        ORDER,
+    )  # fmt: skip
     proved = proved & (tl.max(b_all, 0) <= capacity)
     if i_f == 0:
         tl.store(p_lower + i_head, lower)
@@ -134,30 +166,15 @@ def filter_kernel(
         b_z = b_next - peak  # [SF * JC]
         m_next = i_j + JC + o_j < b_count
         b_next = tl.load(p_score + i_j + JC + o_list, mask=m_next, other=-float("inf"))
-        # Not "greater": a NaN is kept.
-        m_near = tl.reshape(1 - (b_z <= lower).to(tl.int32), [SF * JC // WIDTH, WIDTH])
-        b_thread = tl.sum(m_near, 0)  # [WIDTH]
-        b_before = kept + tl.cumsum(b_thread, 0) - b_thread
-        b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
-        b_position = tl.reshape(tl.where(m_near > 0, b_position, limit), [SF * JC])
+        b_slot = load_slots(
+            p_pages, p_slot, o_s, i_j + o_j, o_list + i_j, b_count, entries, filtered, S, BN, P,
+            GUESSED,
+        )  # fmt: skip
+        b_position, near = pack_above(b_z, lower, kept, limit, WIDTH)
         m_stored = b_position < limit
         tl.store(p_near_score + b_position, b_z, mask=m_stored)
-        tl.store(p_near_slot + b_position, o_list + i_j, mask=m_stored)
-        kept += tl.sum(b_thread, 0)
-    # Places in the lists become slots. The program's other threads wrote some of them.
-    tl.debug_barrier()
-    o_w = tl.arange(0, WIDTH)
-    for i_w in tl.range(0, tl.minimum(kept, limit), WIDTH, num_stages=1):
-        m_w = i_w + o_w < tl.minimum(kept, limit)
-        b_place = tl.load(p_near_slot + i_w + o_w, mask=m_w, other=0)
-        if GUESSED and filtered > 0:
-            b_slot = tl.load(p_slot + b_place, mask=m_w, other=0)
-        else:
-            o_split, o_token = b_place // capacity, b_place % capacity
-            o_entry = (o_split + o_token // BN * S) * (BN // P) + o_token % BN // P
-            b_page = tl.load(p_pages + o_entry, mask=m_w, other=0).to(tl.int32)
-            b_slot = b_page * P + o_token % P
-        tl.store(p_near_slot + i_w + o_w, b_slot, mask=m_w)
+        tl.store(p_near_slot + b_position, b_slot, mask=m_stored)
+        kept += near
     tl.store(p_near_count + i_part, kept)
 
 
@@ -212,6 +229,36 @@ def load_values(p_value, b_slot, b_weight, o_d, s_page, D: tl.constexpr, P: tl.c
 
 
 @triton.jit
+def sum_values(
+    p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit, tau, b,
+    s_page, D: tl.constexpr, P: tl.constexpr, JV: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum of the values of packed candidates [DS], sum of the weights, and how many there
+    are.
+
+    b_z, b_slot: the first JV candidates of each list, with which the ones after are loaded.
+    """
+    b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
+    b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
+    b_z = load_near(p_near_score, b_count, o_f, o_j + JV, limit, -float("inf"))
+    b_slot = load_near(p_near_slot, b_count, o_f, o_j + JV, limit, 0)
+    b_acc = tl.zeros(b_v.shape, tl.float32)
+    b_total = tl.zeros(b_w.shape, tl.float32)
+    b_support = tl.zeros(b_w.shape, tl.int32)
+    for i_j in tl.range(0, longest, JV, num_stages=1):
+        b_next = weigh_scores(b_z, tau, b, ORDER)
+        b_next_v = load_values(p_value, b_slot, b_next, o_d, s_page, D, P)
+        o_next = i_j + 2 * JV + o_j
+        b_z = load_near(p_near_score, b_count, o_f, o_next, limit, -float("inf"))
+        b_slot = load_near(p_near_slot, b_count, o_f, o_next, limit, 0)
+        b_acc += b_w[:, None] * b_v.to(tl.float32)
+        b_total += b_w
+        b_support += (b_w != 0.0).to(tl.int32)
+        b_w, b_v = b_next, b_next_v
+    return tl.sum(b_acc, 0), tl.sum(b_total, 0), tl.sum(b_support, 0)
+
+
+@triton.jit
 def attend_kernel(
     p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     p_barrier, p_out, p_counters,
@@ -226,11 +273,11 @@ def attend_kernel(
 
     The parts repeat the solution, which costs less than to wait for each other.
     """
-    await_previous(CHAINED)
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    await_previous(CHAINED)
     if i_d + i_hq == 0:
         if COUNT:
             count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
@@ -258,28 +305,12 @@ def attend_kernel(
     lower = tl.load(p_lower + i_head)
     tau = solve_near(p_near_score, p_near_count, longest, lower, limit, b, FP, R, ORDER)
 
-    JV: tl.constexpr = BV // FP
-    b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
-    b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DP / DS]
-    b_z = load_near(p_near_score, b_count, o_f, o_j + JV, limit, -float("inf"))
-    b_slot = load_near(p_near_slot, b_count, o_f, o_j + JV, limit, 0)
-    b_acc = tl.zeros([BV, DP // DS], tl.float32)
-    b_total = tl.zeros([BV], tl.float32)
-    b_support = tl.zeros([BV], tl.int32)
-    for i_j in tl.range(0, longest, JV, num_stages=1):
-        b_next = weigh_scores(b_z, tau, b, ORDER)
-        b_next_v = load_values(p_value, b_slot, b_next, o_d, s_page, D, P)
-        o_next = i_j + 2 * JV + o_j
-        b_z = load_near(p_near_score, b_count, o_f, o_next, limit, -float("inf"))
-        b_slot = load_near(p_near_slot, b_count, o_f, o_next, limit, 0)
-        b_acc += b_w[:, None] * b_v.to(tl.float32)
-        b_total += b_w
-        b_support += (b_w != 0.0).to(tl.int32)
-        b_w, b_v = b_next, b_next_v
-    total = tl.sum(b_total, 0)
-    b_out = tl.sum(b_acc, 0) / tl.where(n > 0, total, 1.0) * value_scale
+    b_acc, total, support = sum_values(
+        p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit,
+        tau, b, s_page, D, P, BV // FP, ORDER,
+    )  # fmt: skip
+    b_out = b_acc / tl.where(n > 0, total, 1.0) * value_scale
     p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
     tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
     if COUNT and i_d == 0:
-        support = tl.sum(b_support, 0).to(tl.int64)
-        tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
+        tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")

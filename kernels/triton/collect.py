@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
+from .nearest import list_own
 from .scores import (
     allow_next,
     await_previous,
@@ -32,8 +33,6 @@ GUESSED_MASS = tl.constexpr(2.5)
 EXCEPTIONS = tl.constexpr(4)
 PEAK_TOKENS = tl.constexpr(128)
 GUESS_STEPS = tl.constexpr(3)
-# Classes of rows of a tile of keys.
-CLASSES = tl.constexpr(4)
 
 
 @triton.jit
@@ -119,38 +118,52 @@ def guess_kernel(
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
+    p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_counters,
     s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
-    scale, factor, exponent,
+    scale, factor, exponent, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, GUESSED: tl.constexpr,
-    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, CLASSES: tl.constexpr,
+    GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
+    ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
+    BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
     Rows of at most `store_below` tokens have all scores in the order of their tiles, and no slots.
     Writes per split the number of candidates, which may exceed the capacity of the list, and per
     head and class of rows the largest of all scores and the moments above the guess.
+
+    CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     """
-    await_previous(CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    p_pages, first, entries = page_source(
-        p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
-        P, WINDOW, LISTED,
-    )  # fmt: skip
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
     b_scale, b_slope, b_exponent = load_scales(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
+    b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+    PAGES: tl.constexpr = BN // P
+    if CHOOSING:
+        list_own(
+            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+            p_listed, p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
+            page_stride, exact_below, budget, G, P, PAGES, S, BL, PS, PSP, EXACT_ROWS, COUNT,
+            CHAINED,
+        )  # fmt: skip
+    else:
+        await_previous(CHAINED)
+    p_pages, first, entries = page_source(
+        p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
+        P, WINDOW, LISTED,
+    )  # fmt: skip
     b_guess = tl.where(m_g, -float("inf"), float("inf"))
     filtered = 0
     if GUESSED:
         filtered = (entries * P > store_below).to(tl.int32)
         b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_g, other=float("inf"))
-    b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     p_k = p_key + i_h.to(tl.int64) * s_head
 
     own = (i_row * S + i_s).to(tl.int64)
@@ -162,7 +175,6 @@ def collect_kernel(
     b_mass = tl.zeros([BN, GP], tl.float32)
     b_moment = tl.zeros([BN, GP], tl.float32)
     count = 0
-    PAGES: tl.constexpr = BN // P
     tiles = (entries + PAGES - 1) // PAGES
     # The pages of the next tile are loaded one tile ahead: a load that waits for another one
     # in the same iteration would take the stages of the pipeline.

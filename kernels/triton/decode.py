@@ -11,13 +11,23 @@ from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
 from ..selectors import Exact, Gaussian, Selector, TopK
 from .attend import attend_kernel, filter_kernel
+from .attend_short import attend_short_kernel
 from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
+from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
-from .topk import CLASS_STEPS, box_distance_kernel, box_kernel, choose_kernel, rank_kernel
-from .workspace import STORE_BELOW, Shape, processors
+from .topk import box_kernel
+from .workspace import Shape, processors
+
+CHOICE: dict[str, Any] = dict.fromkeys(
+    (
+        *("p_listed", "p_listed_count", "p_reach", "p_page_maximum", "p_page_minimum"),
+        *("budget", "BL", "PS", "PSP"),
+    )
+)
+"""What a step has to do with that reads chosen pages."""
 
 
 def decode(
@@ -58,7 +68,7 @@ def decode(
         )
     capacity = shape.capacity(workspace.numel())
     tile, splits = shape.tile, shape.splits
-    store_below = min(STORE_BELOW, capacity // tile * tile * splits)
+    store_below = min(shape.store_below, capacity // tile * tile * splits)
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
     arguments = {
         **{f"p_{name}": part for name, part in shape.divide(workspace, capacity).items()},
@@ -102,6 +112,7 @@ def decode(
         "FP": shape.filter_parts,
         "DS": shape.value_parts,
         "BN": tile,
+        "CLASSES": shape.classes,
         "M": shape.sample,
         "GUESSED": shape.max_read > store_below,
         "WINDOW": sliding_window is not None,
@@ -113,10 +124,14 @@ def decode(
         "CHAINED": query.is_cuda,
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
-    arguments = {"p_listed": None, "p_listed_count": None} | arguments
+    softmax = isinstance(alpha, Tensor) or alpha == 1
+    # Where nothing else reads the list, it is made by those who read the pages.
+    choosing = isinstance(selector, TopK) and not shape.long_rows and not softmax
+    arguments = CHOICE | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
+        arguments |= _ranking(shape, selector)
         _list_pages(shape, cache.statistics, selector, arguments)
-    if isinstance(alpha, Tensor) or alpha == 1:
+    if softmax:
         _attend_softmax(shape, arguments)
     if isinstance(alpha, Tensor) or alpha > 1:
         _attend(shape, arguments)
@@ -150,39 +165,43 @@ def step_shape(
     )
 
 
+def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
+    """How the ranking of the pages is divided."""
+    return {
+        "budget": selector.token_budget // shape.page_size if isinstance(selector, TopK) else 0,
+        "PS": shape.page_splits,
+        "PSP": triton.next_power_of_2(shape.page_splits),
+        "BP": shape.page_tile,
+        "BL": shape.list_tile,
+        "BM": shape.most_members,
+        "NT": triton.next_power_of_2(shape.list_tiles),
+        "LONG": shape.long_rows,
+        "STEP": shape.page_step,
+    }
+
+
 def _list_pages(
     shape: Shape, statistics: Tensor, selector: Gaussian | TopK, arguments: dict[str, Any]
 ) -> None:
     """Choose the pages of every row and list them."""
-    splits = shape.page_splits
     arguments = arguments | {
         "p_statistics": statistics,
         "s_page": statistics.stride(0),
         "s_head": statistics.stride(1),
-        "S": splits,
-        "SP": triton.next_power_of_2(splits),
-        "BP": shape.page_tile,
-        "BL": shape.list_tile,
-        "NT": triton.next_power_of_2(shape.list_tiles),
-        "LONG": shape.long_rows,
         "STAGES": 2,
     }
-    rows = (splits, shape.kv_heads, shape.batch)
+    rows = (shape.page_splits, shape.kv_heads, shape.batch)
     tiles = (shape.list_tiles, *rows[1:])
-    listing = {"BM": 128, "CLASS_STEPS": CLASS_STEPS.value}
     if isinstance(selector, TopK):
-        arguments["budget"] = selector.token_budget // shape.page_size
         _launch(box_kernel, rows, arguments)
         if shape.long_rows:
-            _chain(box_distance_kernel, tiles, arguments)
-            _chain(rank_kernel, tiles, arguments)
-            _chain(list_kernel, tiles, arguments, BUDGETED=True, **listing)
-        else:
+            _chain(distance_kernel, tiles, arguments, num_warps=8)
+            _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
+        elif not arguments["CHOOSING"]:
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 512))
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"
-        arguments |= dict.fromkeys(("p_rank", "p_members", "p_member_count")) | {"budget": 0}
         _launch(model_kernel, rows, arguments, PRECISION=precision, num_warps=_warps(shape))
         _launch(
             cut_kernel,
@@ -198,7 +217,7 @@ def _list_pages(
             num_warps=8 if arguments["ALIBI"] else 1,
         )
         _launch(reach_kernel, tiles, arguments, BR=256)
-        _chain(list_kernel, tiles, arguments, BUDGETED=False, **listing)
+        _chain(list_kernel, tiles, arguments)
 
 
 def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
@@ -213,28 +232,30 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
         first = _launch
     first(collect_kernel, rows, arguments, STAGES=2)
-    filters, warps = shape.filter_parts, 4
-    width = 32 * warps
-    places = min(triton.next_power_of_2(capacity), max(32, 16 * width * filters // splits))
-    places = max(places, width * filters // splits)
+    parts = (shape.value_parts, shape.query_heads, shape.batch)
+    warps = _attend_warps(shape)
+    values = {
+        "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
+        "num_warps": warps,
+    }
+    whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
+    if shape.held and whole:
+        held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
+        _chain(attend_short_kernel, parts, arguments, **held, **values)
+        return
+    filters, threads = shape.filter_parts, 128
+    places = min(triton.next_power_of_2(capacity), max(32, 16 * threads * filters // splits))
+    places = max(places, threads * filters // splits)
     _chain(
         filter_kernel,
         (filters, shape.query_heads, shape.batch),
         arguments,
         JC=places,
-        WIDTH=width,
-        num_warps=warps,
+        WIDTH=threads,
+        num_warps=threads // 32,
     )
-    parts = (shape.value_parts, shape.query_heads, shape.batch)
-    warps = _attend_warps(shape)
-    _chain(
-        attend_kernel,
-        parts,
-        arguments,
-        R=(512 if shape.max_read > 1 << 18 or warps == 4 else 256) * warps,
-        BV=warps * 1024 // (shape.padded_head_size // shape.value_parts),
-        num_warps=warps,
-    )
+    block = 512 if shape.max_read > 1 << 18 or warps == 4 else 256
+    _chain(attend_kernel, parts, arguments, R=block * warps, **values)
     if guessed or shape.near < shape.most_near:
         # Interpreted programs run one after the other, and cannot wait for each other.
         on_gpu = arguments["p_query"].is_cuda
@@ -260,8 +281,7 @@ def _attend_warps(shape: Shape) -> int:
     """Warps that solve the threshold of one query head: as few as hold what it can read."""
     if shape.max_read <= 2048:
         return 4
-    crowded = shape.value_parts * shape.query_heads * shape.batch > 2 * shape.processors
-    return 8 if crowded or shape.max_read <= 8192 else 16
+    return 8 if shape.crowded or shape.max_read <= 8192 else 16
 
 
 def _warps(shape: Shape) -> int:

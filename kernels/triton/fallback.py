@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from .attend import DONE
-from .collect import CLASSES
 from .counters import SUPPORT
 from .entmax import FP16_WEIGHT, norm, weigh, weigh_scores
 from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
@@ -81,7 +80,7 @@ def fallback_kernel(
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     rows, scale, factor, exponent, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ORDER: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip

@@ -33,7 +33,7 @@ def model_kernel(
     p_reach, p_deviation, p_model,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, BP: tl.constexpr, S: tl.constexpr, ALIBI: tl.constexpr,
+    P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     EXACT_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and deviation of the scores of each page, and the moments of a split's pages.
@@ -60,10 +60,10 @@ def model_kernel(
     b_second = tl.zeros([BP, GP], tl.float32)
     b_total = tl.zeros([BP, GP], tl.float32)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
-    for i_p in tl.range(i_s * BP, ranked, S * BP, num_stages=STAGES):
+    for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
         o_page = i_p + o_p
         b_page = b_next
-        b_next = tl.load(p_table + o_page + S * BP, mask=o_page + S * BP < ranked, other=0)
+        b_next = tl.load(p_table + o_page + PS * BP, mask=o_page + PS * BP < ranked, other=0)
         b_mean, b_std = load_statistics(p_stat, b_page, o_d, s_page, D)  # [BP, DP]
         b_m = tl.dot(b_mean.to(b_q.dtype), b_q, input_precision="ieee") * scale  # [BP, GP]
         b_std = b_std.to(tl.float32)
@@ -83,7 +83,7 @@ def model_kernel(
         m_out = m_g[None, :] & m_page
         tl.store(p_reach + o_out + o_page[:, None], b_m, mask=m_out)
         tl.store(p_deviation + o_out + o_page[:, None], b_dev, mask=m_out)
-    p_m = p_model + ((i_row * S + i_s) * G + o_g) * 4
+    p_m = p_model + ((i_row * PS + i_s) * G + o_g) * 4
     tl.store(p_m, b_pivot, mask=m_g)
     tl.store(p_m + 1, tl.sum(b_first, 0), mask=m_g)
     tl.store(p_m + 2, tl.sum(b_second, 0), mask=m_g)
@@ -147,7 +147,7 @@ def cut_kernel(
     page_stride, exact_below, factor, exponent,
     narrow_spread, safety, narrow_safety, quantile, narrow_quantile,
     excess_fraction, excess_deviations,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
     BP: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -163,12 +163,12 @@ def cut_kernel(
     if ranked == 0:
         return
     head_factor, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
-    o_s = tl.arange(0, SP)
-    p_m = p_model + ((i_row * S + o_s) * G + i_hq % G) * 4
+    o_s = tl.arange(0, PSP)
+    p_m = p_model + ((i_row * PS + o_s) * G + i_hq % G) * 4
     # Pages of a split: whole tiles, and what the last tile has.
-    b_tiles = tl.maximum(ranked // BP - o_s + S - 1, 0) // S
-    b_count = b_tiles * BP + tl.where(o_s == ranked // BP % S, ranked % BP, 0)
-    m_s = (o_s < S) & (b_count > 0)
+    b_tiles = tl.maximum(ranked // BP - o_s + PS - 1, 0) // PS
+    b_count = b_tiles * BP + tl.where(o_s == ranked // BP % PS, ranked % BP, 0)
+    m_s = (o_s < PS) & (b_count > 0)
     b_count = tl.where(m_s, b_count, 0).to(tl.float32)
     b_pivot = tl.load(p_m, mask=m_s, other=0.0)
     b_first = tl.load(p_m + 1, mask=m_s, other=0.0)

@@ -19,8 +19,6 @@ PAGES_READ = tl.constexpr(int(Counter.PAGES_READ))
 
 # The distance of a page that is not to be read.
 NEVER = tl.constexpr(1 << 30)
-# More pages than any sequence has: what is above it in the key of a page goes before its number.
-MOST_PAGES = tl.constexpr(1 << 20)
 # Pages whose places are counted together, as rows of one warp's width: a scan along a row needs no
 # other warp.
 WARP = tl.constexpr(32)
@@ -63,119 +61,88 @@ def places(m_nearer, m_tied, BL: tl.constexpr):
 
 
 @triton.jit
-def list_rest(
-    p_table, p_list, p_listed_count, p_counters, i_row, i_h, count, ranked, pages, list_stride,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """Lists the last page after `count` ranked ones, counts, and counts all pages of a row that is
-    read whole."""
+def list_last(p_list, last_page, chosen, ranked, list_stride):
+    """Lists the last page of a ranked row after its chosen ones."""
     if ranked > 0:
-        tl.store(p_list + count, tl.load(p_table + ranked).to(tl.int32))
-        tl.store(p_list + list_stride + count, ranked)
-    count += pages - ranked
-    tl.store(p_listed_count + i_row, count)
-    if COUNT:
-        tl.atomic_add(p_counters + PAGES_READ, count.to(tl.int64), sem="relaxed")
-        if (i_h == 0) & (ranked > 0):
-            one = tl.minimum(ranked, 1).to(tl.int64)
-            tl.atomic_add(p_counters + SPARSE_STEPS, one, sem="relaxed")
+        tl.store(p_list + chosen, last_page)
+        tl.store(p_list + list_stride + chosen, ranked)
 
 
 @triton.jit
-def last_member(p_members, members, wanted, BM: tl.constexpr):
-    """The key of the last one of `wanted` members, of the least keys; -1 for none.
+def count_read(p_counters, i_h, listed, ranked):
+    """Counts the pages of one row that are read, and a step of a sequence that is ranked."""
+    tl.atomic_add(p_counters + PAGES_READ, listed.to(tl.int64), sem="relaxed")
+    if (i_h == 0) & (ranked > 0):
+        one = tl.minimum(ranked, 1).to(tl.int64)
+        tl.atomic_add(p_counters + SPARSE_STEPS, one, sem="relaxed")
 
-    p_members: different keys of at least 0, in any order.
-    """
-    o_m = tl.arange(0, BM)
-    if members <= BM:
-        o_few = tl.arange(0, 16)
-        b_key = tl.load(p_members + o_m, mask=o_m < members, other=NEVER)
-        b_less = tl.zeros([BM, 16], tl.int32)
-        for i_m in tl.range(0, members, 16, num_stages=1):
-            b_few = tl.load(p_members + i_m + o_few, mask=i_m + o_few < members, other=NEVER)
-            b_less += (b_few[None, :] < b_key[:, None]).to(tl.int32)
-        m_wanted = (tl.sum(b_less, 1) < wanted) & (o_m < members)
-        found = tl.max(tl.where(m_wanted, b_key, -1), 0)
-    else:
-        low, found = tl.full([], -1, tl.int32), tl.full([], NEVER, tl.int32)
-        if wanted == 0:
-            found = low
-        while found - low > 1:
-            middle = low + (found - low) // 2
-            count = tl.full([], 0, tl.int32)
-            for i_m in range(0, members, BM):
-                b_key = tl.load(p_members + i_m + o_m, mask=i_m + o_m < members, other=NEVER)
-                count += tl.sum((b_key <= middle).to(tl.int32), 0)
-            reached = count >= wanted
-            low = tl.where(reached, low, middle)
-            found = tl.where(reached, middle, found)
-    return found
+
+@triton.jit
+def list_rest(
+    p_list, last_page, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages, list_stride,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """Lists the last page after the chosen ones, and stores and counts how many are listed: all
+    pages of a row that is read whole."""
+    list_last(p_list, last_page, chosen, ranked, list_stride)
+    tl.store(p_listed_count + i_row, chosen + pages - ranked)
+    if COUNT:
+        count_read(p_counters, i_h, chosen + pages - ranked, ranked)
+
+
+@triton.jit
+def load_table(p_block_table, i_b, o_page, pages, s_block_table):
+    """Physical pages of numbers in a sequence, and that of its last one; 0 for none."""
+    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+    b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0)
+    last_page = tl.load(p_table + tl.maximum(pages - 1, 0), mask=pages > 0, other=0)
+    return b_page.to(tl.int32), last_page.to(tl.int32)
+
+
+@triton.jit
+def store_pages(p_list, b_place, b_page, o_page, m_place, list_stride):
+    """Physical pages and their numbers in a sequence, into places of the list."""
+    tl.store(p_list + b_place, b_page, mask=m_place)
+    tl.store(p_list + list_stride + b_place, o_page, mask=m_place)
 
 
 # Rows that are not aligned have one element per thread in loads, as scattered stores have: what is
 # loaded is stored without an exchange.
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def list_kernel(
-    p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_rank, p_members,
-    p_member_count, p_listed, p_listed_count, p_counters,
-    s_block_table, list_stride, page_stride, exact_below, budget,
-    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
-    CLASS_STEPS: tl.constexpr, BUDGETED: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_listed, p_listed_count,
+    p_counters,
+    s_block_table, list_stride, page_stride, exact_below,
+    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the chosen pages of one tile of BL pages, and with the first tile the last page.
-
-    They are those of a class of distances before the last one, which `p_tile_count` [rows, NT]
-    counts for each tile; and, with a budget, as many members of the last class as it still allows,
-    the nearest ones, and of those as near the earlier. Without a budget the classes are the
-    distances, and class 0 alone is chosen.
-    """
-    await_previous(CHAINED)
-    allow_next(CHAINED)
+    """Lists the pages of distance 0 of one tile of BL pages, which `p_tile_count` [rows, NT] counts
+    for each tile, and with the first tile the last page."""
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     pages = (n + P - 1) // P
-    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
     first = i_t * BL
     o_page = first + tl.arange(0, BL)
+    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
+    await_previous(CHAINED)
+    allow_next(CHAINED)
     chosen = tl.full([], 0, tl.int32)
-    if ranked == 0:
-        b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
-        tl.store(p_list + o_page, b_page, mask=o_page < pages)
-        tl.store(p_list + list_stride + o_page, o_page, mask=o_page < pages)
-    elif first < ranked:
-        o_t, o_m = tl.arange(0, NT), tl.arange(0, BM)
+    b_place, m_place = o_page, o_page < pages
+    if first < ranked:
+        o_t = tl.arange(0, NT)
         b_count = tl.load(p_tile_count + i_row * NT + o_t, mask=o_t * BL < ranked, other=0)
-        before = tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
         chosen = tl.sum(b_count, 0)
         p_d = p_distance + i_row.to(tl.int64) * page_stride
-        b_class = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
-        if BUDGETED:
-            last, nearer = tl.load(p_rank + 2 * i_row), tl.load(p_rank + 2 * i_row + 1)
-            members = tl.load(p_member_count + i_row)
-            wanted = tl.minimum(budget - nearer, members)
-            p_m = p_members + i_row.to(tl.int64) * page_stride
-            found = last_member(p_m, members, wanted, BM)
-            for i_m in range(0, members, BM):
-                b_key = tl.load(p_m + i_m + o_m, mask=i_m + o_m < members, other=NEVER)
-                m_before = (b_key <= found) & (b_key % MOST_PAGES < first)
-                before += tl.sum(m_before.to(tl.int32), 0)
-            b_member = b_class % CLASS_STEPS * MOST_PAGES + o_page
-            b_class = b_class // CLASS_STEPS
-            m_chosen = (b_class < last) | ((b_class == last) & (b_member <= found))
-            chosen += wanted
-        else:
-            m_chosen = b_class == 0
-        b_position, _, _, _ = places(m_chosen, m_chosen, BL)
-        b_position += before
-        b_page = tl.load(p_table + o_page, mask=m_chosen, other=0).to(tl.int32)
-        tl.store(p_list + b_position, b_page, mask=m_chosen)
-        tl.store(p_list + list_stride + b_position, o_page, mask=m_chosen)
+        m_place = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER) == 0
+        b_place, _, _, _ = places(m_place, m_place, BL)
+        b_place += tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
+    elif ranked > 0:
+        m_place = o_page < 0
+    store_pages(p_list, b_place, b_page, o_page, m_place, list_stride)
     if i_t == 0:
         list_rest(
-            p_table, p_list, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,
+            p_list, last_page, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,
             list_stride, COUNT,
         )  # fmt: skip

@@ -8,19 +8,24 @@ import triton
 from torch import Tensor
 
 from ..selectors import Selector
-from .collect import CLASSES
 from .fallback import TRIALS
-from .topk import CLASSES as DISTANCE_CLASSES
+from .nearest import SAMPLED
 
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
+
+STORE_LISTED_BELOW = 65536
+"""The same where pages are listed for a budget."""
+
+HELD = 2048
+"""Scores of a query head that one program holds."""
 
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
 _RANKED_ALONE = 2048
-_MOST_NEAR = 32768
+_MOST_NEAR = 65536
 _NEAR = 1 << 22
 _ALIGNMENT = 256
 
@@ -108,6 +113,41 @@ class Shape:
         return max(1, min(programs, _MOST_SPLITS))
 
     @property
+    def most_capacity(self) -> int:
+        """Tokens that a split reads at most."""
+        return -(-self.max_read // (self.splits * self.tile)) * self.tile
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the programs that weigh values are more than a multiprocessor has room for."""
+        return self.value_parts * self.query_heads * self.batch > 2 * self.processors
+
+    @property
+    def store_below(self) -> int:
+        """Rows that read at most so many tokens store all scores."""
+        return STORE_BELOW if self.budget is None else STORE_LISTED_BELOW
+
+    @property
+    def held(self) -> int:
+        """Places of the scores of a query head in the registers of a program, 0 if they are too
+        many, or better shared by several."""
+        places = self.splits * self.most_capacity
+        return 0 if self.crowded or places > HELD else max(128, triton.next_power_of_2(places))
+
+    @property
+    def classes(self) -> int:
+        """Classes of the tokens of a split, the largest score of each of which is kept. Pages that
+        were chosen have many tokens of the support: few classes would have few of them for maxima.
+        """
+        few = self.max_read <= HELD or self.max_read > self.store_below
+        return 4 if self.budget is None or few or self.near < self.most_near else 16
+
+    @property
+    def page_step(self) -> int:
+        """One page of a long row in so many is sampled."""
+        return max(1, triton.next_power_of_2(self.max_pages) // SAMPLED.value)
+
+    @property
     def sample(self) -> int:
         """Tokens that the guess of a threshold samples."""
         return 4096 if self.max_read >= 1 << 18 else 2048
@@ -129,9 +169,7 @@ class Shape:
     @property
     def most_near(self) -> int:
         """Candidates that one of those programs can meet: all that its splits read."""
-        splits = triton.next_power_of_2(self.splits) // self.filter_parts
-        tiles = -(-self.max_read // self.tile)
-        return splits * -(-tiles // self.splits) * self.tile
+        return triton.next_power_of_2(self.splits) // self.filter_parts * self.most_capacity
 
     @property
     def near(self) -> int:
@@ -165,7 +203,13 @@ class Shape:
         """Pages that one of the programs that list those of a row looks at."""
         if self.selector == "topk" and not self.long_rows:
             return max(256, triton.next_power_of_2(self.max_pages))
-        return 1024
+        return 1024 if self.max_pages <= 1 << 15 else 2048
+
+    @property
+    def most_members(self) -> int:
+        """Pages about the last one of a budget that there is room for: more than a share that a
+        sample leaves open."""
+        return max(1024, triton.next_power_of_2(self.max_pages) // 8)
 
     @property
     def list_tiles(self) -> int:
@@ -181,9 +225,9 @@ class Shape:
             "sample": (torch.float32, heads * self.sample),
             "guess": (torch.float32, heads),
             "count": (torch.int32, rows * self.splits),
-            "maximum": (torch.float32, lists * CLASSES.value),
-            "mass": (torch.float32, lists * CLASSES.value),
-            "slope": (torch.float32, lists * CLASSES.value),
+            "maximum": (torch.float32, lists * self.classes),
+            "mass": (torch.float32, lists * self.classes),
+            "slope": (torch.float32, lists * self.classes),
             "lower": (torch.float32, heads),
             "state": (torch.int32, heads),
             "barrier": (torch.int32, 1),
@@ -212,9 +256,9 @@ class Shape:
             fields |= {
                 "page_maximum": (torch.float32, page_own),
                 "page_minimum": (torch.float32, page_own),
-                "histogram": (torch.int32, rows * DISTANCE_CLASSES.value),
-                "rank": (torch.int32, rows * 2),
-                "members": (torch.int32, rows * self.page_stride),
+                "page_sample": (torch.float32, heads * SAMPLED.value),
+                "bracket": (torch.int32, rows * 2),
+                "members": (torch.int32, rows * 2 * self.most_members),
                 "member_count": (torch.int32, rows),
             }
         if self.selector == "gaussian":
@@ -237,18 +281,17 @@ class Shape:
     @property
     def good_size(self) -> int:
         """Bytes with which failures of the lists are rare."""
-        places = min(self.max_read, STORE_BELOW)
-        places += max(0, self.max_read - STORE_BELOW) // CAPACITY_FRACTION
+        places = min(self.max_read, self.store_below)
+        places += max(0, self.max_read - self.store_below) // CAPACITY_FRACTION
         tiles = -(-places // (self.splits * self.tile))
         return self.size(tiles * self.tile)
 
     def capacity(self, size: int) -> int:
         """Places in the list of each split that a workspace of `size` bytes allows."""
         entry = 4 * self.batch * (self.kv_heads + self.query_heads) * self.splits
-        tiles = -(-self.max_read // (self.splits * self.tile))
         # The parts are aligned: start with what they could have at most.
         spare = max(0, size - self.least_size) + _ALIGNMENT * len(self.fields(16))
-        capacity = min(16 + spare // entry // 16 * 16, max(1, tiles) * self.tile)
+        capacity = min(16 + spare // entry // 16 * 16, max(self.tile, self.most_capacity))
         while self.size(capacity) > size:
             capacity -= 16
         return capacity

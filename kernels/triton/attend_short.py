@@ -1,0 +1,90 @@
+"""Entmax attention of one query head over so few tokens that one program holds all their scores."""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .attend import load_near, pack_above, sum_values
+from .counters import SUPPORT, count_step
+from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, sum_moments
+from .scores import await_previous, page_source
+
+
+# Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
+@triton.jit(do_not_specialize=["capacity"])
+def attend_short_kernel(
+    p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_score,
+    p_near_score, p_near_slot, p_out, p_counters,
+    s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
+    factor, exponent, value_scale,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
+    R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Solves tau of one query head from its stored scores, packs the support and weighs its values,
+    for one part in DS of the head size.
+
+    The scores of a head are TILES tiles of BN tokens of each of S splits, which is the capacity of
+    their lists, and at most R in all.
+    The parts repeat the solution and pack the same into the same place.
+    """
+    i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_h = i_hq // G
+    i_head = i_b * HKV * G + i_hq
+    n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    await_previous(CHAINED)
+    if COUNT and i_d + i_hq == 0:
+        count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
+    if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
+        return
+    _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    p_pages, _, entries = page_source(
+        p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
+        list_stride, P, WINDOW, LISTED,
+    )  # fmt: skip
+    o_r = tl.arange(0, R)
+    o_split, o_place = o_r // (TILES * BN), o_r % (TILES * BN)
+    o_entry = (o_split + o_place // BN * S) * (BN // P) + o_place % BN // P
+    m_entry = (o_split < S) & (o_entry < entries)
+    p_score += (i_head * S).to(tl.int64) * capacity
+    b_z = tl.load(p_score + o_split * capacity + o_place, mask=m_entry, other=-float("inf"))
+    b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
+    b_slot = b_page * P + o_place % P
+    peak = tl.max(b_z, 0)
+    # Of an empty row, or one of scores that are no numbers. Differences from the largest score are
+    # exact near it, where the threshold may lie closer than the scores' own precision.
+    b_z -= tl.where(peak > -float("inf"), peak, 0.0)
+    tau = -1.0
+    mass, slope = sum_moments(b_z, tau, b, ORDER)
+    steps = 0
+    while (mass > 1.0 + EXCESS_MASS) & (steps < NEWTON_STEPS):
+        tau += newton_step(mass, slope, 1.0, b, ORDER)
+        mass, slope = sum_moments(b_z, tau, b, ORDER)
+        steps += 1
+    tau += newton_step(mass, slope, 1.0, b, ORDER)
+
+    p_near_score += (i_head * FP).to(tl.int64) * limit
+    p_near_slot += (i_head * FP).to(tl.int64) * limit
+    b_position, kept = pack_above(b_z, tau, 0, R, WIDTH)
+    tl.store(p_near_score + b_position, b_z, mask=b_position < R)
+    tl.store(p_near_slot + b_position, b_slot, mask=b_position < R)
+    # The program's other threads wrote some of what is read.
+    tl.debug_barrier()
+    o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)
+    o_f = o_v * 0
+    b_first = load_near(p_near_score, kept, o_f, o_v, limit, -float("inf"))
+    b_first_slot = load_near(p_near_slot, kept, o_f, o_v, limit, 0)
+    p_value += i_h.to(tl.int64) * s_head
+    b_acc, total, support = sum_values(
+        p_value, p_near_score, p_near_slot, b_first, b_first_slot, kept, o_f, o_v, o_d, kept, limit,
+        tau, b, s_page, D, P, BV, ORDER,
+    )  # fmt: skip
+    b_out = b_acc / tl.where(n > 0, total, 1.0) * value_scale
+    p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+    if COUNT and i_d == 0:
+        tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")

@@ -1,0 +1,365 @@
+"""The pages of a fixed budget: those that lie nearest below the best page of any query head.
+
+One program lists those of a short row. Long rows take two launches of many programs: a sample of
+the pages tells between which distances the last page of the budget lies; pages before are counted,
+the few between are collected, and among these every program finds the last one by itself.
+"""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .pages import (
+    NEVER,
+    WARP,
+    count_read,
+    list_last,
+    list_rest,
+    load_table,
+    places,
+    ranked_pages,
+    store_pages,
+)
+from .scores import allow_next, await_previous
+
+# Distances are whole steps, so many between the best page and the worst: nearly as fine as what
+# fp32 tells apart of scores.
+STEPS = tl.constexpr(1 << 21)
+# Pages of a long row that stand for all, at most.
+SAMPLED = tl.constexpr(2048)
+# How far the last page of the budget may lie from where the sample has it, in standard deviations.
+DEVIATIONS = tl.constexpr(4.0)
+
+
+@triton.jit
+def row_scale(
+    p_page_maximum, p_page_minimum, i_row,
+    G: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+):  # fmt: skip
+    """The best bound of each query head, a tuple, and steps per unit of the scores.
+
+    The splits' values are read a warp's width at a time, which every warp reduces by itself.
+    """
+    o_s = tl.arange(0, WARP)
+    peaks = ()
+    width = 0.0
+    for i_g in tl.static_range(G):
+        b_peak = tl.full([WARP], -float("inf"), tl.float32)
+        b_least = tl.full([WARP], float("inf"), tl.float32)
+        for i_s in tl.static_range(0, PSP, WARP):
+            o_own = (i_row * G + i_g) * PS + i_s + o_s
+            m_own = i_s + o_s < PS
+            b_new = tl.load(p_page_maximum + o_own, mask=m_own, other=-float("inf"))
+            b_peak = tl.maximum(b_peak, b_new)
+            b_new = tl.load(p_page_minimum + o_own, mask=m_own, other=float("inf"))
+            b_least = tl.minimum(b_least, b_new)
+        peak = tl.max(b_peak, 0)
+        peaks += (peak,)
+        width = tl.maximum(width, peak - tl.min(b_least, 0))
+    return peaks, tl.where(width > 0.0, STEPS / width, 0.0)
+
+
+@triton.jit
+def measure(p_bounds, o_page, count, head_stride, peaks, steps, G: tl.constexpr):
+    """How far below a head's best page each page lies, for the head to which it matters most;
+    NEVER from page `count` on.
+
+    p_bounds: [G, head_stride], the bounds of a row's pages.
+    """
+    m_page = o_page < count
+    b_distance = tl.full([o_page.shape[0]], float("inf"), tl.float32)
+    for i_g in tl.static_range(G):
+        b_bound = tl.load(p_bounds + i_g * head_stride + o_page, mask=m_page, other=0.0)
+        b_distance = tl.minimum(b_distance, peaks[i_g] - b_bound)
+    # Also what is no number is far.
+    b_steps = tl.minimum(b_distance * steps, STEPS * 1.0 - 1.0)
+    return tl.where(m_page, b_steps.to(tl.int32), NEVER)
+
+
+@triton.jit
+def find(b_distance, found, far, within, wanted, slack):
+    """The largest distance below which lie at most `wanted` of at most 2 ** 16 pages, and how many
+    do; any such distance if they are at least `wanted - slack`.
+
+    No page lies below `found`, and `within` below `far`, which is returned if these are not more
+    than wanted.
+    """
+    none = tl.full([], 0, tl.int32)
+    found, far, within, wanted, nearer = (
+        none + found,
+        none + far,
+        none + within,
+        none + wanted,
+        none,
+    )
+    if wanted >= within:
+        found, nearer = far, wanted
+    rounds = 0
+    while (far - found > 1) & (nearer < wanted - slack):
+        # Two trials on either side of where the last page is expected, so far apart that it likely
+        # lies between them; at the thirds where that helps no more.
+        width, members = (far - found).to(tl.float32), (within - nearer).to(tl.float32)
+        share = (wanted - nearer).to(tl.float32) / members
+        margin = 2.0 * tl.sqrt(share * (1.0 - share) / members)
+        margin = tl.minimum(tl.maximum(margin, tl.where(rounds < 2, 1.0 / 16, 0.0)), 1.0 / 6)
+        thirds = (members < 25.0) | (rounds >= 8)
+        share, margin = tl.where(thirds, 0.5, share), tl.where(thirds, 1.0 / 6, margin)
+        low, high = ((share - margin) * width).to(tl.int32), ((share + margin) * width).to(tl.int32)
+        low = tl.minimum(tl.maximum(found + low, found + 1), far - 1)
+        high = tl.minimum(tl.maximum(found + high, found + 1), far - 1)
+        # Both counts are at most 2 ** 16 - 1, so one sum serves both.
+        counts = (b_distance < low).to(tl.uint32) + ((b_distance < high).to(tl.uint32) << 16)
+        counts = tl.sum(counts, 0)
+        count_low, count_high = (counts & 0xFFFF).to(tl.int32), (counts >> 16).to(tl.int32)
+        if count_high <= wanted:
+            found, nearer = high, count_high
+        else:
+            far, within = high, count_high
+        if count_low > wanted:
+            far, within = low, count_low
+        elif count_high > wanted:
+            found, nearer = low, count_low
+        rounds += 1
+    return found, nearer
+
+
+@triton.jit
+def count_tiles(p_distance, distance, stop, BL: tl.constexpr):
+    """How many of the first `stop` pages of a row are nearer than a distance, and how many are as
+    near."""
+    o_l = tl.arange(0, BL)
+    b_nearer, b_tied = tl.zeros([BL], tl.int32), tl.zeros([BL], tl.int32)
+    for i_l in range(0, stop, BL):
+        b_d = tl.load(p_distance + i_l + o_l, mask=i_l + o_l < stop, other=NEVER)
+        b_nearer += (b_d < distance).to(tl.int32)
+        b_tied += (b_d == distance).to(tl.int32)
+    return tl.sum(b_nearer, 0), tl.sum(b_tied, 0)
+
+
+@triton.jit
+def find_in_row(p_distance, ranked, wanted, BL: tl.constexpr):
+    """What `find` says of all pages of a row, of which more than wanted are ranked."""
+    found, far = tl.full([], 0, tl.int32), tl.full([], STEPS, tl.int32)
+    nearer = tl.full([], 0, tl.int32)
+    while (far - found > 1) & (nearer < wanted):
+        middle = found + (far - found) // 2
+        count, _ = count_tiles(p_distance, middle, ranked, BL)
+        if count <= wanted:
+            found, nearer = middle, count
+        else:
+            far = middle
+    return found, nearer
+
+
+@triton.jit
+def place_nearest(b_distance, found, ties, before, tied_before, BL: tl.constexpr):
+    """Places in the list, NEVER of the others, of those of BL neighbouring pages that are nearer
+    than `found`, and of a row's pages that are as near of the earliest `ties`.
+
+    before, tied_before: how many of either kind come before these.
+    """
+    m_nearer, m_tied = b_distance < found, b_distance == found
+    b_nearer, b_tied, _, _ = places(m_nearer, m_tied, BL)
+    b_tied += tied_before
+    m_chosen = m_nearer | (m_tied & (b_tied < ties))
+    return tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
+
+
+@triton.jit
+def place_in_row(
+    p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
+    G: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+):  # fmt: skip
+    """Places in the list of the pages of a row of at most BL pages but the last one: the `budget`
+    nearest ones have one, of pages as near the earlier; all have, if the row is read whole."""
+    b_place = tl.where(o_page < pages, o_page, NEVER)
+    if ranked > 0:
+        peaks, steps = row_scale(p_page_maximum, p_page_minimum, i_row, G, PS, PSP)
+        p_r = p_reach + (i_row * G).to(tl.int64) * page_stride
+        b_distance = measure(p_r, o_page, ranked, page_stride, peaks, steps, G)
+        found, nearer = find(b_distance, 0, STEPS, ranked, budget, 0)
+        b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL)
+    return b_place
+
+
+@triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
+def choose_kernel(
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+    p_listed, p_listed_count, p_counters,
+    s_block_table, list_stride, page_stride, exact_below, budget,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr,
+    PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Lists the chosen pages of one short row in their order."""
+    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    i_row = i_b * HKV + i_h
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    pages = (n + P - 1) // P
+    o_page = tl.arange(0, BL)
+    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
+    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
+    await_previous(CHAINED)
+    allow_next(CHAINED)
+    b_place = place_in_row(
+        p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
+        G, BL, PS, PSP,
+    )  # fmt: skip
+    store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
+    list_rest(
+        p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),
+        ranked, pages, list_stride, COUNT,
+    )  # fmt: skip
+
+
+@triton.jit
+def list_own(
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_listed,
+    p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride, page_stride,
+    exact_below, budget,
+    G: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr, BL: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Lists the chosen pages of one short row that split i_s reads: of S splits every S-th PAGES.
+
+    Every split stores their number, the same, and reads what it has stored itself.
+    """
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    pages = (n + P - 1) // P
+    o_page = tl.arange(0, BL)
+    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
+    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
+    await_previous(CHAINED)
+    b_place = place_in_row(
+        p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
+        G, BL, PS, PSP,
+    )  # fmt: skip
+    m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
+    store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
+    chosen = tl.minimum(budget, ranked)
+    if chosen // PAGES % S == i_s:
+        list_last(p_list, last_page, chosen, ranked, list_stride)
+    tl.store(p_listed_count + i_row, chosen + pages - ranked)
+    if COUNT and i_s == 0:
+        count_read(p_counters, i_h, chosen + pages - ranked, ranked)
+    # The program's other threads stored some of what a thread reads.
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["page_stride"])
+def distance_kernel(
+    p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_page_sample,
+    p_distance, p_tile_count, p_bracket, p_members, p_member_count,
+    page_stride, exact_below, budget,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
+    BM: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, STEP: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """The distances of one tile of a long row's pages; counts those before where the sample has
+    the last page of the budget, and collects those about there, in any order.
+
+    STEP: one page in so many is sampled. p_members: [rows, 2, BM], distances and pages.
+    """
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_b * HKV + i_h
+    _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    await_previous(CHAINED)
+    allow_next(CHAINED)
+    if i_t * BL >= ranked:
+        return
+    peaks, steps = row_scale(p_page_maximum, p_page_minimum, i_row, G, PS, PSP)
+    o_page, o_sample = i_t * BL + tl.arange(0, BL), tl.arange(0, SAMPLED)
+    samples = (ranked + STEP - 1) // STEP
+    b_sample = measure(
+        p_page_sample + i_row * G * SAMPLED, o_sample, samples, SAMPLED, peaks, steps, G
+    )
+    p_r = p_reach + (i_row * G).to(tl.int64) * page_stride
+    b_distance = measure(p_r, o_page, ranked, page_stride, peaks, steps, G)
+    tl.store(
+        p_distance + i_row.to(tl.int64) * page_stride + o_page, b_distance, mask=o_page < ranked
+    )
+
+    share = tl.minimum(budget / ranked.to(tl.float32), 1.0)
+    rank = share * samples.to(tl.float32)
+    margin = DEVIATIONS * tl.sqrt(rank * (1.0 - share)) + 1.0
+    slack = (margin * 0.25).to(tl.int32)
+    lower = tl.maximum(rank - margin, 0.0).to(tl.int32)
+    low, _ = find(b_sample, 0, STEPS, samples, lower, slack)
+    upper = (rank + margin).to(tl.int32) + 1 + slack
+    high, _ = find(b_sample, low, STEPS, samples, upper, slack)
+    # Where no distance has the wanted number of samples below it, the next one has more.
+    high += 1
+    m_before, m_member = b_distance < low, (b_distance >= low) & (b_distance < high)
+    b_place, _, members, _ = places(m_member, m_member, BL)
+    tl.store(p_tile_count + i_row * NT + i_t, tl.sum(m_before.to(tl.int32), 0))
+    if i_t == 0:
+        tl.store(p_bracket + 2 * i_row, low)
+        tl.store(p_bracket + 2 * i_row + 1, high)
+    b_place += tl.atomic_add(p_member_count + i_row, members, sem="relaxed")
+    p_m = p_members + i_row.to(tl.int64) * (2 * BM) + b_place
+    m_member &= b_place < BM
+    tl.store(p_m, b_distance, mask=m_member)
+    tl.store(p_m + BM, o_page, mask=m_member)
+
+
+@triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
+def list_nearest_kernel(
+    p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_bracket, p_members,
+    p_member_count, p_listed, p_listed_count, p_counters,
+    s_block_table, list_stride, page_stride, exact_below, budget,
+    HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Lists the chosen pages of one tile of a long row, and with the first tile the last page.
+
+    Where the sample was wrong, or the pages about the last one are more than there is room for,
+    it looks at all distances of the row.
+    """
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row = i_b * HKV + i_h
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    pages = (n + P - 1) // P
+    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
+    first = i_t * BL
+    o_page, o_t, o_m = first + tl.arange(0, BL), tl.arange(0, NT), tl.arange(0, BM)
+    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
+    await_previous(CHAINED)
+    allow_next(CHAINED)
+    b_place = tl.where(o_page < pages, o_page, NEVER)
+    if first < ranked:
+        p_d = p_distance + i_row.to(tl.int64) * page_stride
+        b_distance = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
+        b_count = tl.load(p_tile_count + i_row * NT + o_t, mask=o_t * BL < ranked, other=0)
+        members = tl.load(p_member_count + i_row)
+        low, high = tl.load(p_bracket + 2 * i_row), tl.load(p_bracket + 2 * i_row + 1)
+        wanted = budget - tl.sum(b_count, 0)
+        before = tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
+        tied_before = tl.full([], 0, tl.int32)
+        if budget >= ranked:
+            found, ties, before = tl.full([], STEPS, tl.int32), tied_before, first
+        elif (wanted >= 0) & (wanted <= members) & (members <= BM):
+            p_m = p_members + i_row.to(tl.int64) * (2 * BM) + o_m
+            b_member = tl.load(p_m, mask=o_m < members, other=NEVER)
+            b_member_page = tl.load(p_m + BM, mask=o_m < members, other=NEVER)
+            found, nearer = find(b_member, low, high, members, wanted, 0)
+            ties = wanted - nearer
+            m_before = b_member_page < first
+            counts = (m_before & (b_member < found)).to(tl.int32)
+            counts = tl.sum(counts + ((m_before & (b_member == found)).to(tl.int32) << 16), 0)
+            before += counts & 0xFFFF
+            tied_before = counts >> 16
+        else:
+            found, nearer = find_in_row(p_d, ranked, budget, BL)
+            ties = budget - nearer
+            before, tied_before = count_tiles(p_d, found, first, BL)
+        b_place = place_nearest(b_distance, found, ties, before, tied_before, BL)
+    elif ranked > 0:
+        b_place = tl.full([BL], NEVER, tl.int32)
+    store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
+    if i_t == 0:
+        list_rest(
+            p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),
+            ranked, pages, list_stride, COUNT,
+        )  # fmt: skip
