@@ -86,7 +86,7 @@ def run_prefills(
     for k in watched(len(calls), careful):
         call = calls[k]
         # Fewer programs than could run take turns.
-        used = size if draw.uniform(0, 1) < 0.7 else draw.integer(size // 4, size)
+        used = size if draw.uniform(0, 1) < 0.7 else draw.integer(size // 2, size)
 
         def step(into: Tensor, call: Call = call, k: int = k, used: int = used) -> Tensor:
             return prefill(
