@@ -1,97 +1,160 @@
-"""Run compute-sanitizer over a few cases of every kernel, and write what it found.
+"""Run compute-sanitizer over small cases of every kernel, and write what it found.
 
-The cases are those of `fuzz.py`: the sanitizer's tools make a program some hundred times slower.
+compute-sanitizer is looked for in PATH, under /usr/local/cuda*/bin, and where the package
+nvidia-cuda-sanitizer-api puts it.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from fuzz import run_case
-from fuzz_cases import FAMILIES
+import triton
 from timing import checked_out
 
 TOOLS = {
-    "memcheck": ["--leak-check", "no"],
-    "racecheck": ["--racecheck-report", "all"],
+    # Whether a call of CUDA fails is for the cases to say: PyTorch makes some to see if they do.
+    "memcheck": ["--report-api-errors", "no"],
+    "racecheck": ["--racecheck-report", "analysis"],
     "initcheck": [],
     "synccheck": [],
 }
-CASES = [
-    ("exact bf16", 3),
-    ("exact fp32", 5),
-    ("exact D 256, pages of 64", 1),
-    ("exact alpha 1.2", 2),
-    ("alpha per head", 1),
-    ("softmax", 2),
-    ("long fp32", 1),
-    ("top-k bf16", 1),
-    ("top-k long", 0),
-    ("gaussian fp32", 2),
-    ("prefill bf16", 1),
-    ("prefill fp32", 1),
-]
+REPORTED = 60
+"""Lines of a tool's log that the result keeps."""
+
+GRACE = 30
+"""Seconds that the case which runs when the time is over may still take."""
 
 
-def run_cases() -> None:
-    for name, index in CASES:
-        error = run_case(name, index)["error"]
-        torch.cuda.synchronize()
-        if not error <= 1:
-            sys.exit(f"{name!r} {index}: error {error:.3g} of what is allowed")
+def find_sanitizer() -> str | None:
+    found = shutil.which("compute-sanitizer")
+    places = [*Path("/usr/local").glob("cuda*/bin"), *Path(sys.prefix).glob("lib*/**/cu1*/bin")]
+    paths = [place / "compute-sanitizer" for place in sorted(places, reverse=True)]
+    return found or next((str(path) for path in paths if path.exists()), None)
 
 
-def check(tool: str, options: list[str], seconds: int) -> dict[str, object]:
-    """One tool over all cases; only this project's kernels are instrumented."""
-    names = "|".join(("append", "sample", "guess", "collect", "filter", "attend", "fallback"))
-    names += "|box|choose|model|cut|reach|list|softmax|prefill"
-    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        command = ["compute-sanitizer", "--tool", tool, *options]
-        command += ["--kernel-name", f"regex:({names}).*", "--log-file", log.name]
-        command += [sys.executable, __file__, "--cases"]
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            done = subprocess.run(command, env=environment, timeout=seconds)
-            ended = "completed" if done.returncode == 0 else f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = f"stopped after {seconds} s"
-        text = Path(log.name).read_text()
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
-    print(tool, ended, summary, flush=True)
-    if not summary or not summary[-1].startswith("0"):
-        print(text[:4000], flush=True)
-    return {"tool": tool, "ended": ended, "summary": summary[-1] if summary else None}
+def run_cases(prefix: list[str], seconds: float, record: Path) -> tuple[str, dict[str, Any]]:
+    """Run the cases behind a command, and say how it ended and what the cases recorded.
+
+    seconds: after which no further case begins; GRACE later it is ended by force.
+    """
+    record.unlink(missing_ok=True)
+    cases = [sys.executable, str(Path(__file__).with_name("sanitize_cases.py"))]
+    # Each allocation is one of CUDA's, with bounds of its own and never initialised; kernels of
+    # PyTorch that do not run are not loaded.
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "CUDA_MODULE_LOADING": "LAZY",
+    }
+    process = subprocess.Popen(
+        [*prefix, *cases, str(record), str(seconds)], env=environment, start_new_session=True
+    )
+    try:
+        code = process.wait(seconds + GRACE)
+        ended = f"exit code {code}" if code else "completed"
+    except subprocess.TimeoutExpired:
+        # With the cases, which would keep the GPU busy and may be in another process group.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+        ended = f"killed after {seconds + GRACE:.0f} s"
+    told = json.loads(record.read_text()) if record.exists() else {}
+    return ended, {name: told[name] for name in ("cases", "kernels", "not_run") if name in told}
+
+
+def check(sanitizer: str, tool: str, seconds: float, folder: Path) -> dict[str, Any]:
+    log, start = folder / f"{tool}.log", time.time()
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--target-processes", "application-only"]
+    command += ["--launch-timeout", "60", "--show-backtrace", "device", "--log-file", str(log)]
+    ended, record = run_cases([*command, "--error-exitcode", "9"], seconds, folder / "record.json")
+    lines = log.read_text().splitlines() if log.exists() else []
+    # Of racecheck: N hazards displayed (N errors, N warnings).
+    summaries = [line for line in lines if "SUMMARY" in line]
+    findings = [int(number) for number in re.findall(r"\d+", " ".join(summaries))]
+    kernels = sorted(set(re.findall(r"\w+_kernel(?=\+0x|\()", "\n".join(lines))))
+    row = {
+        "tool": tool,
+        "ended": ended,
+        "seconds": round(time.time() - start, 1),
+        "errors": max(findings) if findings else None,
+        "summary": " ".join(line.strip("= ") for line in summaries) or None,
+        **record,
+    }
+    row["clean"] = ended == "completed" and row["errors"] == 0
+    if not row["clean"]:
+        row |= {"kernels_named": kernels, "report": lines[:REPORTED]}
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['tool']}: {'clean' if row['clean'] else 'NOT CLEAN'}, {row['ended']}, "
+        f"{row['seconds']} s, {row['summary']}, {len(row.get('cases', []))} cases, "
+        f"{len(row.get('kernels', []))} kernels; not run: {row.get('not_run')}",
+        *row.get("report", []),
+        sep="\n",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--cases", action="store_true", help="run the cases, without a tool")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--seconds", type=int, default=600, help="limit of each tool")
+    parser.add_argument("--sanitizer", default=find_sanitizer(), help="path of compute-sanitizer")
+    parser.add_argument("--commit", help="of a copy of the code that is no checkout")
+    parser.add_argument(
+        "--tools", nargs="+", choices=TOOLS, default=["memcheck", "racecheck", "initcheck"]
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="of a tool, after which no further case begins"
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=150, help="the same without a tool, at first"
+    )
     arguments = parser.parse_args()
-    if arguments.cases:
-        run_cases()
-        return
-    run_cases()  # compiles
-    results = [check(tool, TOOLS[tool], arguments.seconds) for tool in arguments.tools]
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "commit": checked_out(),
+    if arguments.sanitizer is None:
+        sys.exit("compute-sanitizer is not found; --sanitizer says where it is")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        record = Path(name) / "record.json"
+        ended, plain = run_cases([], arguments.compile_seconds, record)
+        print(f"without a tool: {ended}; not run: {plain.get('not_run')}", flush=True)
+        if ended != "completed":
+            sys.exit("the cases fail without a tool")
+        for tool in arguments.tools:
+            rows.append(check(arguments.sanitizer, tool, arguments.seconds, Path(name)))
+            show(rows[-1])
+            if arguments.out:
+                # After each tool: the next one may take longer than there is time.
+                result = about(arguments.sanitizer, arguments.commit) | {"rows": rows}
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(not all(row["clean"] for row in rows))
+
+
+def about(sanitizer: str, commit: str | None) -> dict[str, Any]:
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "compute-sanitizer": " ".join(re.findall(r"Version (\S+)", version)),
+        },
+        "commit": commit or checked_out(),
         "date": datetime.date.today().isoformat(),
-        "cases": [f"{name} {index}" for name, index in CASES if name in FAMILIES],
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
-    clean = all(str(result["summary"]).startswith("0") for result in results)
-    sys.exit(not clean)
 
 
 if __name__ == "__main__":
