@@ -19,6 +19,7 @@ from entmaxkv_vllm.plugin import BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.platforms.interface import DeviceCapability
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
@@ -27,6 +28,7 @@ REMEDIES = {
     "dtype not supported": "use --dtype float16, bfloat16 or float32",
     "kv_cache_dtype not supported": "use --kv-cache-dtype auto",
     "block_size not supported": "leave --block-size out, or give a multiple of page_size",
+    "compute capability not supported": f"an NVIDIA GPU of at least 8.0 is; {OTHER_BACKEND}",
     "MLA not supported": OTHER_BACKEND,
     "attention sinks not supported": f"entmax has no counterpart to them; {OTHER_BACKEND}",
     "KV connector not supported": "leave --kv-transfer-config out",
@@ -70,6 +72,10 @@ class EntmaxKVBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:
+        return capability is None or capability.to_int() >= 80
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

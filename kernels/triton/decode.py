@@ -17,7 +17,7 @@ from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import CLASS_STEPS, box_distance_kernel, box_kernel, choose_kernel, rank_kernel
-from .workspace import STORE_BELOW, Shape, processors
+from .workspace import STORE_BELOW, Shape, can_chain, processors
 
 
 def decode(
@@ -110,7 +110,7 @@ def decode(
         "EXACT_ROWS": exact_rows is not None,
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
-        "CHAINED": query.is_cuda,
+        "CHAINED": can_chain(query.device),
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
     arguments = {"p_listed": None, "p_listed_count": None} | arguments
