@@ -26,7 +26,7 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 REMEDIES = {
     "head_size not supported": f"supported are {', '.join(map(str, HEAD_SIZES))}; {OTHER_BACKEND}",
     "dtype not supported": "use --dtype float16, bfloat16 or float32",
-    "kv_cache_dtype not supported": "use --kv-cache-dtype auto",
+    "kv_cache_dtype not supported": "use --kv-cache-dtype auto or fp8",
     "block_size not supported": "leave --block-size out, or give a multiple of page_size",
     "compute capability not supported": f"an NVIDIA GPU of at least 8.0 is; {OTHER_BACKEND}",
     "MLA not supported": OTHER_BACKEND,
@@ -44,7 +44,13 @@ class EntmaxKVBackend(AttentionBackend):
     """Entmax attention over vLLM's paged cache, with per-page key statistics inside the pages."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -90,9 +96,12 @@ class EntmaxKVBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Grow a layer's cache by the page statistics that the selector in force reads."""
-        if spec.state_content_bytes is not None or spec.kv_quant_mode != KVQuantMode.NONE:
+        fp8 = spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
+        if spec.state_content_bytes is not None or not (
+            fp8 or spec.kv_quant_mode == KVQuantMode.NONE
+        ):
             return spec
-        return cache.plan(spec, cache.page_layout(current(), spec.head_size))
+        return cache.plan(spec, cache.page_layout(current(), spec.head_size, fp8))
 
     @classmethod
     def validate_configuration(cls, *args: Any, **layer: Any) -> list[str]:
@@ -128,7 +137,8 @@ def check_engine(vllm_config: "VllmConfig") -> EntmaxKVConfig:
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config = from_vllm(vllm_config)
-    cache.page_layout(config, model.get_head_size())
+    fp8 = cache.is_fp8(vllm_config.cache_config.cache_dtype)
+    cache.page_layout(config, model.get_head_size(), fp8)
     transfer = vllm_config.kv_transfer_config
     refuse(
         EntmaxKVBackend.validate_configuration(

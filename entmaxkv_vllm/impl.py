@@ -9,6 +9,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from entmaxkv_kernels import Exact, PagedCache, append, decode, prefill, split_pages
+from entmaxkv_kernels.pages import FP8
 from entmaxkv_vllm import cache, scratch, telemetry
 from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
 from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata
@@ -62,7 +63,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.selector = cache.selector_of(self.config)
-        self.layout = cache.page_layout(self.config, head_size)
+        self.fp8 = cache.is_fp8(kv_cache_dtype)
+        self.layout = cache.page_layout(self.config, head_size, self.fp8)
         self.kernels = self.config.kernels
         self.max_sequences = vllm_config.scheduler_config.max_num_seqs
         self.max_tokens = _whole_pages(
@@ -94,6 +96,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             value[:tokens],
             slot_mapping,
             implementation=self.kernels,
+            **self._scales(layer),
         )
 
     def forward(
@@ -125,6 +128,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             "sliding_window": self.sliding_window,
             "workspace": self._workspace(query),
             "implementation": self.kernels,
+            **self._scales(layer),
         }
         if attn_metadata.decode is not None:
             self._decode(layer, query, pages, attn_metadata.decode, output, options)
@@ -174,6 +178,12 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
 
+    def _scales(self, layer: AttentionLayer) -> dict[str, float]:
+        """What the numbers in an fp8 cache are multiplied by."""
+        if not self.fp8:
+            return {}
+        return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
+
     def _workspace(self, query: torch.Tensor) -> torch.Tensor | None:
         if self.kernels == "reference":
             return None
@@ -182,7 +192,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self.num_kv_heads,
             self.head_size,
             self.config.page_size,
-            query.dtype,
+            FP8 if self.fp8 else query.dtype,
             query.dtype,
             self.max_tokens,
             self.max_sequences,
@@ -200,7 +210,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     def pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""
         if self._pages is None or self._kv_cache is not kv_cache:
-            pages = split_pages(kv_cache, self.layout)
+            pages = split_pages(kv_cache.view(FP8) if self.fp8 else kv_cache, self.layout)
             if self._reads_every_page(layer):
                 pages = cache.without_statistics(pages)
             self._kv_cache, self._pages = kv_cache, pages
