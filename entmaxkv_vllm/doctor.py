@@ -44,6 +44,7 @@ def diagnose(
     yield vllm
     if vllm.status == "fail":
         return
+    yield from _names()
     yield from _plugins()
     yield from _environment()
     yield _platform()
@@ -72,6 +73,16 @@ def _vllm() -> Finding:
     except ImportError as error:
         return Finding("fail", "vLLM", found, str(error))
     return Finding("ok", "vLLM", f"{found} (supported: {compat.SUPPORTED})")
+
+
+def _names() -> Iterator[Finding]:
+    if missing := compat.missing_names():
+        yield Finding(
+            "fail",
+            "vLLM's names",
+            f"missing: {', '.join(missing)}",
+            "install another release of vLLM, or of entmaxkv-vllm",
+        )
 
 
 def _plugins() -> Iterator[Finding]:
