@@ -100,7 +100,8 @@ def test_a_block_of_several_pages_is_accepted(start):
         pytest.param(
             LLAMA,
             {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-            "kv_cache_dtype=bfloat16 differs from dtype=torch.float32",
+            # Newer versions of vLLM refuse it by themselves.
+            r"kv_cache_dtype=\W?bfloat16\W? (differs from|is incompatible with) dtype=",
             id="cache-of-another-type",
         ),
         pytest.param(
