@@ -72,6 +72,11 @@ class EntmaxKVBackend(AttentionBackend):
         return [current().page_size]
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # Blocks of one page suit every cache layout.
+        return current().page_size
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_SIZES)
 

@@ -25,6 +25,7 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.attention.backend": (
         "AttentionBackend.customize_spec",
         "AttentionBackend.forward_includes_kv_cache_update",
+        "AttentionBackend.get_preferred_block_size",
         "AttentionBackend.get_supported_kernel_block_sizes",
         "AttentionBackend.supported_kv_cache_layouts",
         "AttentionBackend.supports_compute_capability",
