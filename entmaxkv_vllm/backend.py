@@ -19,14 +19,16 @@ from entmaxkv_vllm.plugin import BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.platforms.interface import DeviceCapability
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
 REMEDIES = {
     "head_size not supported": f"supported are {', '.join(map(str, HEAD_SIZES))}; {OTHER_BACKEND}",
     "dtype not supported": "use --dtype float16, bfloat16 or float32",
-    "kv_cache_dtype not supported": "use --kv-cache-dtype auto",
+    "kv_cache_dtype not supported": "use --kv-cache-dtype auto or fp8",
     "block_size not supported": "leave --block-size out, or give a multiple of page_size",
+    "compute capability not supported": f"an NVIDIA GPU of at least 8.0 is; {OTHER_BACKEND}",
     "MLA not supported": OTHER_BACKEND,
     "attention sinks not supported": f"entmax has no counterpart to them; {OTHER_BACKEND}",
     "KV connector not supported": "leave --kv-transfer-config out",
@@ -42,7 +44,13 @@ class EntmaxKVBackend(AttentionBackend):
     """Entmax attention over vLLM's paged cache, with per-page key statistics inside the pages."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -64,12 +72,21 @@ class EntmaxKVBackend(AttentionBackend):
         return [current().page_size]
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # Blocks of one page suit every cache layout.
+        return current().page_size
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_SIZES)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: "DeviceCapability | None") -> bool:
+        return capability is None or capability.to_int() >= 80
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -84,9 +101,12 @@ class EntmaxKVBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Grow a layer's cache by the page statistics that the selector in force reads."""
-        if spec.state_content_bytes is not None or spec.kv_quant_mode != KVQuantMode.NONE:
+        fp8 = spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
+        if spec.state_content_bytes is not None or not (
+            fp8 or spec.kv_quant_mode == KVQuantMode.NONE
+        ):
             return spec
-        return cache.plan(spec, cache.page_layout(current(), spec.head_size))
+        return cache.plan(spec, cache.page_layout(current(), spec.head_size, fp8))
 
     @classmethod
     def validate_configuration(cls, *args: Any, **layer: Any) -> list[str]:
@@ -122,7 +142,8 @@ def check_engine(vllm_config: "VllmConfig") -> EntmaxKVConfig:
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config = from_vllm(vllm_config)
-    cache.page_layout(config, model.get_head_size())
+    fp8 = cache.is_fp8(vllm_config.cache_config.cache_dtype)
+    cache.page_layout(config, model.get_head_size(), fp8)
     transfer = vllm_config.kv_transfer_config
     refuse(
         EntmaxKVBackend.validate_configuration(

@@ -19,14 +19,19 @@ def selector_of(config: EntmaxKVConfig) -> Selector:
     return Exact()
 
 
-def page_layout(config: EntmaxKVConfig, head_size: int) -> PageLayout:
+def is_fp8(cache_dtype: str | None) -> bool:
+    """Whether vLLM's --kv-cache-dtype stands for torch.float8_e4m3fn with one scale a tensor."""
+    return cache_dtype in ("fp8", "fp8_e4m3")
+
+
+def page_layout(config: EntmaxKVConfig, head_size: int, fp8: bool = False) -> PageLayout:
     """The page that the configured selector needs.
 
     Raises:
         ConfigurationError: if the statistics are not a whole number of values per token.
     """
     try:
-        return PageLayout(config.page_size, head_size, selector_of(config).statistics)
+        return PageLayout(config.page_size, head_size, selector_of(config).statistics, fp8)
     except ValueError as error:
         raise ConfigurationError(
             "page_size",

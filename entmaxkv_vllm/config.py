@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.entmaxkv")
 
 SELECTORS = ("exact", "gaussian", "topk")
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
 ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
 SECTION = "entmaxkv"
@@ -46,6 +48,8 @@ class EntmaxKVConfig:
         page_size: tokens in a page; one vLLM block is a whole number of pages.
         dense_layers: indices of layers that always decode exactly.
         exact_below: contexts up to this many tokens always decode exactly.
+        implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
+            CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
         sources: where each value came from, by field name.
     """
 
@@ -55,6 +59,7 @@ class EntmaxKVConfig:
     page_size: int = 16
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
+    implementation: str = "auto"
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
@@ -62,6 +67,15 @@ class EntmaxKVConfig:
         if isinstance(self.alpha, tuple):
             return self.alpha[first_head : first_head + num_heads]
         return self.alpha
+
+    @property
+    def kernels(self) -> str:
+        """The implementation that serves in this process: `reference` or `triton`."""
+        if self.implementation != "auto":
+            return self.implementation
+        from vllm.platforms import current_platform
+
+        return "triton" if current_platform.is_cuda() else "reference"
 
     def describe(self, name: str) -> str:
         """The value of one option in force and where it came from."""
@@ -106,6 +120,11 @@ def resolve(
         page_size=_page_size(values.get("page_size", defaults["page_size"])),
         dense_layers=_layers(values.get("dense_layers", defaults["dense_layers"]), num_layers),
         exact_below=_integer("exact_below", values.get("exact_below", defaults["exact_below"])),
+        implementation=_choice(
+            "implementation",
+            values.get("implementation", defaults["implementation"]),
+            IMPLEMENTATIONS,
+        ),
         sources=sources,
     )
     if config.selector != "topk" and "token_budget" in options:
@@ -279,6 +298,7 @@ def from_vllm(vllm_config: "VllmConfig") -> EntmaxKVConfig:
     _check_features(vllm_config, config)
     if config != _last_resolved:
         logger.info("EntmaxKV in force: %s", ", ".join(map(config.describe, OPTIONS)))
+        logger.info("EntmaxKV kernels: %s", config.kernels)
     _last_resolved = config
     return config
 
@@ -292,6 +312,18 @@ def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
             cache.block_size,
             f"is not a multiple of entmaxkv's page_size {config.page_size}",
             "leave --block-size out or give a multiple of it",
+        )
+    _check_implementation(config)
+    if (
+        cache.cache_dtype.startswith("fp8")
+        and config.selector != "exact"
+        and config.kernels == "triton"
+    ):
+        raise ConfigurationError(
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            f"has no compiled statistics yet, which selector {config.selector} reads",
+            "use selector exact, or --kv-cache-dtype auto",
         )
     if vllm_config.speculative_config is not None and config.selector != "exact":
         raise ConfigurationError(
@@ -309,6 +341,26 @@ def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
             raise ConfigurationError(
                 name, getattr(text, name), "is not supported by ENTMAXKV", OTHER_BACKEND
             )
+
+
+def _check_implementation(config: EntmaxKVConfig) -> None:
+    """Refuse compiled kernels without a GPU, and warn of uncompiled ones beside one."""
+    from vllm.platforms import current_platform
+
+    on_gpu = current_platform.is_cuda_alike()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.kernels == "triton" and not on_gpu and not interpreted:
+        raise ConfigurationError(
+            "implementation",
+            "triton",
+            "needs a GPU",
+            "leave it out; to test the kernels on a CPU, set TRITON_INTERPRET=1",
+        )
+    if config.kernels == "reference" and on_gpu and config != _last_resolved:
+        logger.warning(
+            "EntmaxKV: the PyTorch reference serves, slowly and without CUDA graphs, not the "
+            "compiled kernels"
+        )
 
 
 def current() -> EntmaxKVConfig:

@@ -44,6 +44,7 @@ def diagnose(
     yield vllm
     if vllm.status == "fail":
         return
+    yield from _names()
     yield from _plugins()
     yield from _environment()
     yield _platform()
@@ -72,6 +73,16 @@ def _vllm() -> Finding:
     except ImportError as error:
         return Finding("fail", "vLLM", found, str(error))
     return Finding("ok", "vLLM", f"{found} (supported: {compat.SUPPORTED})")
+
+
+def _names() -> Iterator[Finding]:
+    if missing := compat.missing_names():
+        yield Finding(
+            "fail",
+            "vLLM's names",
+            f"missing: {', '.join(missing)}",
+            "install another release of vLLM, or of entmaxkv-vllm",
+        )
 
 
 def _plugins() -> Iterator[Finding]:
@@ -163,6 +174,22 @@ def _model(model: str, additional_config: Options, hf_overrides: Options) -> Ite
     yield Finding("ok", "model", f"{model} can be served with {BACKEND}")
     for name in OPTIONS:
         yield Finding("ok", "in force", config.describe(name))
+    yield _kernels(config.kernels)
+
+
+def _kernels(serving: str) -> Finding:
+    """Which implementation serves."""
+    from vllm.platforms import current_platform
+
+    if serving == "triton":
+        return Finding("ok", "kernels", "triton: compiled, with CUDA graphs for decoding")
+    on_gpu = current_platform.is_cuda_alike()
+    return Finding(
+        "note",
+        "kernels",
+        "reference: plain PyTorch, for tests and small models",
+        "leave the option implementation out" if on_gpu else "",
+    )
 
 
 def run(model: str | None, additional_config: Options, hf_overrides: Options) -> int:

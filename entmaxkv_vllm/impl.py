@@ -9,9 +9,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from entmaxkv_kernels import Exact, PagedCache, append, decode, prefill, split_pages
-from entmaxkv_vllm import cache, telemetry
+from entmaxkv_kernels.pages import FP8
+from entmaxkv_vllm import cache, scratch, telemetry
 from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
-from entmaxkv_vllm.metadata import EntmaxKVMetadata
+from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata
 
 
 class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
@@ -62,9 +63,14 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.selector = cache.selector_of(self.config)
-        self.layout = cache.page_layout(self.config, head_size)
-        self.shared_counters = telemetry.worker_counters(vllm_config)
-        self.counters: torch.Tensor | None = None
+        self.fp8 = cache.is_fp8(kv_cache_dtype)
+        self.layout = cache.page_layout(self.config, head_size, self.fp8)
+        self.kernels = self.config.kernels
+        self.max_sequences = vllm_config.scheduler_config.max_num_seqs
+        self.max_tokens = _whole_pages(
+            vllm_config.model_config.max_model_len, self.config.page_size
+        )
+        self.counters = telemetry.worker_counters(vllm_config)
         self._layer_index: int | None = None
         self._kv_cache: torch.Tensor | None = None
         self._pages: PagedCache | None = None
@@ -84,7 +90,14 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             slot_mapping: [tokens] int64, block * page_size + offset; negative for padding.
         """
         tokens = slot_mapping.shape[0]
-        append(self.pages(layer, kv_cache), key[:tokens], value[:tokens], slot_mapping)
+        append(
+            self.pages(layer, kv_cache),
+            key[:tokens],
+            value[:tokens],
+            slot_mapping,
+            implementation=self.kernels,
+            **self._scales(layer),
+        )
 
     def forward(
         self,
@@ -105,42 +118,88 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             output: same shape, written in place.
         """
         if attn_metadata is None:
+            self._prepare(layer, query)
             return output.fill_(0)
-        index = self.index_of(layer)
-        paged = self.pages(layer, kv_cache)
-        if (rows := attn_metadata.decode) is not None:
-            tokens = slice(rows.first_token, rows.last_token)
-            counters = self._counters(index, query.device)
-            decode(
-                query[tokens],
-                paged,
-                rows.block_table,
-                rows.seq_lens,
-                scale=self.scale,
-                alpha=self.alpha,
-                selector=self.selector if paged.layout.statistics else Exact(),
-                alibi_slopes=self.alibi_slopes,
-                sliding_window=self.sliding_window,
-                exact_below=self.config.exact_below,
-                counters=counters,
-                out=output[tokens],
-            )
-            self.shared_counters[index].copy_(counters)
+        pages = self.pages(layer, kv_cache)
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "alpha": self.alpha,
+            "alibi_slopes": self.alibi_slopes,
+            "sliding_window": self.sliding_window,
+            "workspace": self._workspace(query),
+            "implementation": self.kernels,
+            **self._scales(layer),
+        }
+        if attn_metadata.decode is not None:
+            self._decode(layer, query, pages, attn_metadata.decode, output, options)
         if (rows := attn_metadata.prefill) is not None:
-            tokens = slice(rows.first_token, rows.last_token)
             prefill(
-                query[tokens],
-                paged,
+                query[: rows.last_token],
+                pages,
                 rows.block_table,
                 rows.seq_lens,
                 rows.query_start_loc,
-                scale=self.scale,
-                alpha=self.alpha,
-                alibi_slopes=self.alibi_slopes,
-                sliding_window=self.sliding_window,
-                out=output[tokens],
+                out=output[: rows.last_token],
+                **options,
             )
         return output
+
+    def _decode(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        pages: PagedCache,
+        rows: DecodeRows,
+        output: torch.Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        index = self.index_of(layer)
+        sparse = bool(pages.layout.statistics)
+        for first in range(0, rows.count, scratch.DECODE_ROWS):
+            part = slice(first, min(rows.count, first + scratch.DECODE_ROWS))
+            decode(
+                query[part],
+                pages,
+                rows.block_table[part],
+                rows.seq_lens[part],
+                selector=self.selector if sparse else Exact(),
+                exact_rows=rows.exact[part] if sparse and rows.exact is not None else None,
+                exact_below=self.config.exact_below,
+                counters=self.counters.row(index, query.device),
+                out=output[part],
+                **options,
+            )
+        self.counters.publish(index)
+
+    def _prepare(self, layer: AttentionLayer, query: torch.Tensor) -> None:
+        """While vLLM profiles its memory: take what steps will take, and what graphs will read."""
+        self._workspace(query)
+        self.counters.row(self.index_of(layer), query.device)
+        if self.alibi_slopes is not None:
+            self.alibi_slopes = self.alibi_slopes.to(query.device)
+
+    def _scales(self, layer: AttentionLayer) -> dict[str, float]:
+        """What the numbers in an fp8 cache are multiplied by."""
+        if not self.fp8:
+            return {}
+        return {"key_scale": layer._k_scale_float, "value_scale": layer._v_scale_float}
+
+    def _workspace(self, query: torch.Tensor) -> torch.Tensor | None:
+        if self.kernels == "reference":
+            return None
+        size = scratch.plan(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            self.config.page_size,
+            FP8 if self.fp8 else query.dtype,
+            query.dtype,
+            self.max_tokens,
+            self.max_sequences,
+            self.selector,
+            query.device,
+        )
+        return scratch.take(size, query.device)
 
     def index_of(self, layer: AttentionLayer) -> int:
         """Index of `layer` in the whole model."""
@@ -148,16 +207,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self._layer_index = extract_layer_index(layer.layer_name)
         return self._layer_index
 
-    def _counters(self, index: int, device: torch.device) -> torch.Tensor:
-        """This layer's counters where the kernels can add to them, [len(Counter)] int64."""
-        if self.counters is None:
-            self.counters = torch.zeros_like(self.shared_counters[index], device=device)
-        return self.counters
-
     def pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""
         if self._pages is None or self._kv_cache is not kv_cache:
-            pages = split_pages(kv_cache, self.layout)
+            pages = split_pages(kv_cache.view(FP8) if self.fp8 else kv_cache, self.layout)
             if self._reads_every_page(layer):
                 pages = cache.without_statistics(pages)
             self._kv_cache, self._pages = kv_cache, pages
@@ -169,3 +222,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             # The statistics in a shared cache are kept by the layer that owns it.
             indices.add(extract_layer_index(self.kv_sharing_target_layer_name))
         return self.sliding_window is not None or not indices.isdisjoint(self.config.dense_layers)
+
+
+def _whole_pages(tokens: int, page_size: int) -> int:
+    """Tokens of as many whole pages as hold that many."""
+    return -(-tokens // page_size) * page_size

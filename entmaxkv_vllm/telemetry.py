@@ -1,7 +1,9 @@
 """Counters that prove what decoding did: written by each worker, read by anyone on the host.
 
-Every worker process maps one small file in shared memory, [layers, counters] int64, and the
-kernels add to it. Reading it costs the worker nothing.
+Every worker process maps one small file in shared memory, [layers, counters] int64. On a CPU the
+kernels add to it. On a GPU they add to a table of the same shape in its memory, which the last
+layer copies to the file: one copy a step, in the order of the stream, and by the CUDA graph where
+there is one. Reading the file costs the worker nothing.
 """
 
 import atexit
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "entmaxkv"
 
-_mapped: dict[str, torch.Tensor] = {}
+_mapped: dict[str, "WorkerCounters"] = {}
 _open_files: list[BinaryIO] = []
 
 
@@ -31,11 +33,50 @@ def _folder() -> Path:
     return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
-def worker_counters(vllm_config: "VllmConfig") -> torch.Tensor:
-    """This process's counters for one engine, [layers, len(Counter)] int64, shared by its layers.
+class WorkerCounters:
+    """This process's counters for one engine, shared by its layers.
 
-    A layer of another pipeline stage keeps its zeros.
+    Attributes:
+        shared: [layers, len(Counter)] int64, in the file. A layer of another pipeline stage keeps
+            its zeros.
     """
+
+    def __init__(self, shared: torch.Tensor) -> None:
+        self.shared = shared
+        self._table: torch.Tensor | None = None
+        self._last_layer = -1
+
+    def row(self, layer: int, device: torch.device) -> torch.Tensor:
+        """One layer's counters where the kernels can add to them, [len(Counter)] int64."""
+        self._last_layer = max(self._last_layer, layer)
+        if device.type == "cpu":
+            return self.shared[layer]
+        if self._table is None:
+            _register_with_gpu(self.shared)
+            self._table = torch.zeros_like(self.shared, device=device)
+        return self._table[layer]
+
+    def publish(self, layer: int) -> None:
+        """After a layer has decoded: copy a GPU's counters to the file, if it is the last layer."""
+        if self._table is not None and layer == self._last_layer:
+            self.shared.copy_(self._table, non_blocking=True)
+
+
+def _register_with_gpu(memory: torch.Tensor) -> None:
+    """Let a GPU copy to this memory without the host's help.
+
+    Raises RuntimeError if the driver refuses.
+    """
+    size = memory.numel() * memory.element_size()
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
+    if int(error):
+        raise RuntimeError(
+            f"entmaxkv: the driver cannot use the counters' shared memory: CUDA error {error}"
+        )
+
+
+def worker_counters(vllm_config: "VllmConfig") -> WorkerCounters:
+    """This process's counters for one engine, made at the first call."""
     instance = vllm_config.instance_id
     if instance not in _mapped:
         _remove_orphans()
@@ -50,7 +91,7 @@ def worker_counters(vllm_config: "VllmConfig") -> torch.Tensor:
         file.write(bytes(layers * len(Counter) * 8))
         file.flush()
         table = np.memmap(file, dtype=np.int64, mode="r+", shape=(layers, len(Counter)))
-        _mapped[instance] = torch.from_numpy(table)
+        _mapped[instance] = WorkerCounters(torch.from_numpy(table))
     return _mapped[instance]
 
 

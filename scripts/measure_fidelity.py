@@ -48,18 +48,22 @@ class Recorder:
     def add(self, impl: Any, layer: Any, query: torch.Tensor, kv_cache: Any, metadata: Any) -> None:
         """Compare one decode step of one layer with the exact one."""
         rows = metadata.decode
+        chosen = torch.ones(rows.count, dtype=torch.bool) if rows.exact is None else ~rows.exact
+        if not chosen.any():
+            return
+        seq_lens = rows.seq_lens[chosen]
         report = analyze_decode(
-            query[rows.first_token : rows.last_token],
+            query[: rows.count][chosen],
             impl.pages(layer, kv_cache),
-            rows.block_table,
-            rows.seq_lens,
+            rows.block_table[chosen],
+            seq_lens,
             scale=impl.scale,
             alpha=impl.alpha,
             selector=impl.selector,
             exact_below=impl.config.exact_below,
         )
         page_size = impl.config.page_size
-        held = (rows.seq_lens[:, None] + page_size - 1) // page_size
+        held = (seq_lens[:, None] + page_size - 1) // page_size
         index = impl.index_of(layer)
         self.values[index, "pages_read"].append(report.selected.sum(-1) / held)
         for name in MEASURES[1:]:

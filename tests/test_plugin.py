@@ -124,7 +124,7 @@ def test_a_platform_setting_that_bypasses_the_plugin_is_refused_instead_of_servi
         "from vllm.platforms import current_platform\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
         "assert type(current_platform).__name__ != 'EntmaxKVCpuPlatform'\n"
-        "class Layer: use_sparse = use_mla = False\n"
+        "class Layer: use_sparse = use_mla = False; kv_cache_dtype = 'auto'\n"
         "print(current_platform.get_attn_backend_cls(None, attn_selector_config=Layer))\n"
         "current_platform.get_attn_backend_cls(AttentionBackendEnum['ENTMAXKV'], Layer)\n",
         VLLM_TARGET_DEVICE="cpu",

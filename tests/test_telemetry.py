@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from entmaxkv_kernels import Counter
 from entmaxkv_vllm import telemetry
 
 LAYERS = 3
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +30,32 @@ def config(instance):
 
 def test_what_a_worker_adds_is_read_at_once_and_only_under_its_own_engine():
     counters = telemetry.worker_counters(config("one"))
-    counters[2, Counter.PAGES_READ] += 7
+    counters.row(2, CPU)[Counter.PAGES_READ] += 7
+    counters.publish(2)
     assert telemetry.worker_counters(config("one")) is counters
     assert telemetry.read_counters("one")[2, Counter.PAGES_READ] == 7
     assert telemetry.read_counters("one").sum() == 7
     assert telemetry.read_counters("another").shape == (0, len(Counter))
 
 
+def test_a_gpu_counts_in_its_memory_and_the_last_layer_alone_copies_once_a_step(monkeypatch):
+    registered = []
+    monkeypatch.setattr(telemetry, "_register_with_gpu", registered.append)
+    counters = telemetry.worker_counters(config("one"))
+    # The meta device stands for a GPU: a device that is no CPU, whose copies can be looked at.
+    rows = [counters.row(layer, torch.device("meta")) for layer in (0, 2)]
+    assert registered == [counters.shared]
+    assert all(row.device.type == "meta" and row.shape == (len(Counter),) for row in rows)
+    copied = []
+    counters.shared = SimpleNamespace(copy_=lambda table, non_blocking: copied.append(table.shape))
+    counters.publish(0)
+    assert copied == []
+    counters.publish(2)
+    assert copied == [(LAYERS, len(Counter))]
+
+
 def test_workers_are_summed_and_one_that_is_just_starting_is_passed_over(folder):
-    telemetry.worker_counters(config("one"))[1, Counter.STEPS] = 2
+    telemetry.worker_counters(config("one")).row(1, CPU)[Counter.STEPS] = 2
     np.full((LAYERS, len(Counter)), 5, dtype=np.int64).tofile(folder / "entmaxkv-one-999999")
     (folder / "entmaxkv-one-999998").touch()
     assert telemetry.read_counters("one")[1, Counter.STEPS] == 7
@@ -105,9 +124,9 @@ def test_metrics_count_from_the_first_request_on_and_name_the_model(registry):
     counters = telemetry.worker_counters(engine)
     logger = EntmaxKVStatLogger(engine)
     EntmaxKVStatLogger(engine, 1)
-    counters[0, Counter.PAGES_READ] = 100
+    counters.row(0, CPU)[Counter.PAGES_READ] = 100
     logger.log_engine_initialized()
-    counters[1, Counter.PAGES_READ] = 7
+    counters.row(1, CPU)[Counter.PAGES_READ] = 7
     logger.log_engine_initialized()
     labels = {"model_name": "needle"}
     assert registry.get_sample_value("entmaxkv_pages_read_total", labels) == 7

@@ -19,7 +19,7 @@ from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
-from .workspace import Shape, processors
+from .workspace import Shape, can_chain, processors
 
 CHOICE: dict[str, Any] = dict.fromkeys(
     (
@@ -121,7 +121,7 @@ def decode(
         "EXACT_ROWS": exact_rows is not None,
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
-        "CHAINED": query.is_cuda,
+        "CHAINED": can_chain(query.device),
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
     softmax = isinstance(alpha, Tensor) or alpha == 1

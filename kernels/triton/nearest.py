@@ -8,6 +8,8 @@ the few between are collected, and among these every program finds the last one 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -43,7 +45,7 @@ def row_scale(
     The splits' values are read a warp's width at a time, which every warp reduces by itself.
     """
     o_s = tl.arange(0, WARP)
-    peaks = ()
+    peaks: Any = ()
     width = 0.0
     for i_g in tl.static_range(G):
         b_peak = tl.full([WARP], -float("inf"), tl.float32)

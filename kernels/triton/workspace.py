@@ -38,6 +38,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def can_chain(device: torch.device) -> bool:
+    """Whether a launch can start before the one before it has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the launches of a decode step depend on; lengths of sequences are not among it.
@@ -317,16 +323,20 @@ def decode_workspace_size(
     *,
     selector: Selector,
     device: torch.device | str = "cuda",
+    most: int | None = None,
 ) -> int:
     """Bytes of a workspace with which `decode` is fast, for batches of up to `batch` sequences.
 
     dtype: of the cache.
     max_tokens: columns of the block table times page_size. Less is enough for a right result, as
-    long as `decode` does not refuse it; it then reads keys again more often.
+        long as `decode` does not refuse it; it then reads keys again more often.
+    most: bytes to make do with, unless `decode` would refuse so few.
     """
     chip = processors(torch.device(device))
     heads = (query_heads, kv_heads, head_size, page_size)
-    return max(
-        Shape(size, *heads, dtype, max_tokens, chip, selector.name).good_size
-        for size in range(1, batch + 1)
-    )
+    size = 0
+    for rows in range(1, batch + 1):
+        shape = Shape(rows, *heads, dtype, max_tokens, chip, selector.name)
+        good = shape.good_size if most is None else min(shape.good_size, most)
+        size = max(size, good, shape.least_size)
+    return size

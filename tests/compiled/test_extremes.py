@@ -9,8 +9,8 @@ import triton.language as tl
 from reference.scene import make_scene
 
 from entmaxkv_kernels import Exact
-from entmaxkv_kernels.triton.entmax import newton_step
 from entmaxkv_kernels.triton import workspace
+from entmaxkv_kernels.triton.entmax import newton_step
 from entmaxkv_kernels.triton.workspace import Shape
 
 from .device import DEVICE, Step

@@ -80,6 +80,16 @@ def test_half_precision_answers_right(dtype, stored):
         assert all(ask(llm))
 
 
+@pytest.mark.parametrize("selector", ["exact", "gaussian"])
+def test_an_fp8_cache_answers_right(selector):
+    settings = options(selector=selector)
+    with engine(dtype="bfloat16", kv_cache_dtype="fp8", additional_config=settings) as llm:
+        (layer, *_) = layers_of(llm)
+        assert layer.kv_cache.dtype == torch.uint8
+        assert layer.impl.pages(layer, layer.kv_cache).key.dtype == torch.float8_e4m3fn
+        assert all(ask(llm))
+
+
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC"])
 def test_every_declared_cache_layout_answers_right(layout, monkeypatch):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)

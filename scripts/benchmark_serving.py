@@ -1,0 +1,263 @@
+"""Time per output token inside vLLM beside FLASH_ATTN, and write docs/results/serving-*.json.
+
+Models are Llama shapes with dummy weights. Each arm is an engine in a process of its own, on the
+same GPU and in the same run, one after the other. Prompts are not computed: as vLLM's
+DecodeBenchConnector does, the pages of a request are filled with normal numbers, and for ENTMAXKV
+written again through `append`, which makes the statistics those of the keys. Dummy weights give
+queries near zero; the keys are scaled so that scores have the standard deviation --score-spread.
+`support` in a row says how many tokens had weight.
+
+ENTMAXKV refuses KV connectors, which could leave statistics stale; only here, where the connector
+keeps them, it is made to accept one.
+"""
+
+import argparse
+import fcntl
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+TOKENS = 128
+SKIPPED = 16
+REQUESTS = 3
+ROOM = 512
+SETTINGS = {"topk": {"selector": "topk"}, "exact": {}, "gaussian": {"selector": "gaussian"}}
+
+
+def model_folder(shape: str) -> Path:
+    """A folder with a config.json and nothing else."""
+    folder = Path(tempfile.mkdtemp(prefix=f"llama-{shape}-"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "max_position_embeddings": 1 << 21,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": shape == "1B",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "entmax_alpha": 1.5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config | SHAPES[shape]))
+    return folder
+
+
+def accept_the_connector() -> None:
+    """Let ENTMAXKV run with DecodeBenchConnector, whose filled pages get their statistics."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import decode_bench_connector
+
+    from entmaxkv_kernels import append
+    from entmaxkv_vllm.backend import EntmaxKVBackend
+
+    worker = decode_bench_connector.DecodeBenchConnectorWorker
+    fill = worker._fill_blocks
+
+    def fill_blocks(self: Any, group: int, block_ids: list[int], num_tokens: int) -> None:
+        fill(self, group, block_ids, num_tokens)
+        for name in self.group_to_layers[group]:
+            layer = LAYERS[name]
+            pages, size = layer.impl.pages(layer, layer.kv_cache), layer.impl.config.page_size
+            ids = torch.tensor(block_ids, device=pages.key.device)
+            slots = (ids[:, None] * size + torch.arange(size, device=ids.device)).flatten()
+            key, value = (x[ids].transpose(1, 2).flatten(0, 1) for x in pages[:2])
+            append(pages, key, value, slots, implementation=layer.impl.kernels)
+
+    worker._fill_blocks = fill_blocks
+    EntmaxKVBackend.supports_kv_connector = classmethod(lambda cls: True)  # type: ignore
+
+
+LAYERS: dict[str, Any] = {}
+
+
+def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) -> Any:
+    """An engine whose cache holds the requests at their longest."""
+    from vllm import LLM
+
+    longest = max(contexts) + ROOM
+    sizes = SHAPES[shape]
+    token = 2 * 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+    options: dict[str, Any] = {"attention_backend": "FLASH_ATTN"}
+    if arm != "FLASH_ATTN":
+        accept_the_connector()
+        settings: dict[str, Any] = dict(SETTINGS[arm])
+        if arm == "topk":
+            settings["token_budget"] = max(contexts) // 20
+        options = {
+            "attention_backend": "ENTMAXKV",
+            "additional_config": {"entmaxkv": settings},
+        }
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted({1, requests})}
+    if not args.compile:
+        graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    # Weights are uniform within +-0.001, and what they multiply has been normalised.
+    spread = args.score_spread / (1e-3 * (sizes["hidden_size"] / 3) ** 0.5)
+    llm = LLM(
+        str(model_folder(shape)),
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=longest,
+        max_num_seqs=max(2, requests),
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=int(1.2 * requests * longest * token) + (1 << 28),
+        compilation_config=graphs,
+        kv_transfer_config={
+            "kv_connector": "DecodeBenchConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"fill_mean": 0.0, "fill_std": spread},
+        },
+        seed=0,
+        **options,
+    )
+    core = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    LAYERS.update(core.vllm_config.compilation_config.static_forward_context)
+    return llm
+
+
+def time_per_token(llm: Any, context: int, requests: int) -> float:
+    """Milliseconds between output tokens of `requests` requests at `context` tokens."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    for number in range(requests):
+        prompt = TokensPrompt(prompt_token_ids=[5 + number] * context)
+        llm.llm_engine.add_request(str(number), prompt, params)
+    times: list[float] = []
+    while llm.llm_engine.has_unfinished_requests():
+        if llm.llm_engine.step():
+            times.append(time.perf_counter())
+    kept = times[SKIPPED:-1]
+    return (kept[-1] - kept[0]) / (len(kept) - 1) * 1e3
+
+
+def run_arm(shape: str, arm: str, contexts: list[int], requests: int, args: Any, out: Any) -> None:
+    """Measure one engine in this process, alone on the GPU, and send rows."""
+    import vllm  # noqa: F401  imported while another arm has the GPU
+
+    from entmaxkv_vllm.telemetry import engine_counters
+
+    with Path(args.lock).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        start = time.perf_counter()
+        try:
+            llm = engine(shape, arm, contexts, requests, args)
+            print(f"{shape} {arm}: started in {time.perf_counter() - start:.0f} s", flush=True)
+            for context in contexts:
+                before = engine_counters(llm) if arm != "FLASH_ATTN" else {}
+                values = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
+                row: dict[str, Any] = {
+                    "model": shape,
+                    "requests": requests,
+                    "context": context,
+                    "selector": arm,
+                    "tpot_ms": statistics.median(values),
+                    "all_ms": values,
+                    "gpu": torch.cuda.get_device_name(),
+                    "compiled": args.compile,
+                    "score_spread": args.score_spread,
+                }
+                if before:
+                    row |= shares(before, engine_counters(llm))
+                print(json.dumps(row), flush=True)
+                out.put(row)
+            del llm
+            gc.collect()
+        except Exception:
+            traceback.print_exc()
+
+
+def shares(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
+    """What decoding read between two looks at the counters."""
+    counted = {name: after[name] - before[name] for name in after}
+    return {
+        "steps": counted["steps"],
+        "sparse_steps": counted["sparse_steps"],
+        "pages_read_share": counted["pages_read"] / max(1, counted["pages_held"]),
+        "support": counted["support"] / max(1, counted["query_heads"]),
+    }
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row of ours beside FLASH_ATTN's of the same shape."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["requests"], row["context"]
+
+    flash = {place(row): row["tpot_ms"] for row in rows if row["selector"] == "FLASH_ATTN"}
+    result = []
+    for row in rows:
+        if row["selector"] != "FLASH_ATTN" and place(row) in flash:
+            other = flash[place(row)]
+            more = {"tpot_ms_flash_attn": other, "ratio_flash_attn": other / row["tpot_ms"]}
+            row = row | more
+        result.append(row)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--arm", nargs="+", default=["FLASH_ATTN", *SETTINGS])
+    parser.add_argument("--context", nargs="+", type=int, default=[32768, 131072])
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--score-spread", type=float, default=1.0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--lock", default=str(Path(tempfile.gettempdir()) / "serving.lock"))
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    spawn = multiprocessing.get_context("spawn")
+    out: Any = spawn.Queue()
+    processes = []
+    for shape in args.shape:
+        for arm in args.arm:
+            # The budget is a share of the context and one for an engine.
+            parts = [[c] for c in args.context] if arm == "topk" else [args.context]
+            for part in parts:
+                work = (shape, arm, part, args.requests, args, out)
+                processes.append(spawn.Process(target=run_arm, args=work))
+    for process in processes:
+        process.start()
+    rows: list[dict[str, Any]] = []
+    while any(process.is_alive() for process in processes) or not out.empty():
+        if out.empty():
+            time.sleep(0.2)
+            continue
+        rows.append(out.get())
+        args.out.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

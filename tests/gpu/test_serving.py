@@ -1,0 +1,147 @@
+"""The compiled kernels inside vLLM on a GPU, against what the reference generates on a CPU.
+
+Each engine has a cache that a batch does not fit into, prompts in chunks, and cached prefixes.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from engine.engines import engine, metric
+
+from entmaxkv_vllm.telemetry import engine_counters
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+RECORD = json.loads((Path(__file__).parent / "reference-tokens.json").read_text())
+PROMPTS = [list(map(ord, text)) for text in RECORD["prompts"]]
+NEW_TOKENS = len(RECORD["tokens"]["exact"][0])
+ALONE = [ids for ids in PROMPTS if (len(ids) - 1) % 16][:4]
+"""Prompts of which caches and chunks never leave a single token, which would decode."""
+
+BLOCKS = 264
+SIZES = [1, 8, 24]
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
+ENGINES = {
+    "as-by-default": {"compilation_config": {"cudagraph_capture_sizes": SIZES}},
+    "graphs-alone": {"compilation_config": GRAPHS},
+    "eager": {"enforce_eager": True},
+}
+
+
+def started(selector, **options):
+    """An engine under pressure with one of the recorded selectors."""
+    settings = {"enforce_eager": False, "num_gpu_blocks_override": BLOCKS, "max_num_seqs": 24}
+    return engine(
+        max_model_len=4096 + 64,
+        max_num_batched_tokens=512,
+        gpu_memory_utilization=0.2,
+        additional_config={"entmaxkv": RECORD["options"][selector]},
+        **settings | options,
+    )
+
+
+def generate(llm, prompts, **sampling):
+    """Completions of token ids, in one batch."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **sampling)
+    requests = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+    return [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+
+
+def differing(outputs, selector):
+    """Numbers of the prompts whose tokens are not those on record."""
+    pairs = zip(outputs, RECORD["tokens"][selector], strict=True)
+    return [
+        i for i, (output, text) in enumerate(pairs) if list(output.token_ids) != [*map(ord, text)]
+    ]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def exact(request):
+    """What the checks of the exact selector need of one engine, stopped before the next starts."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    log = logging.getLogger("vllm.entmaxkv")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    with started("exact", **ENGINES[request.param]) as llm:
+        log.removeHandler(handler)
+        rounds = [generate(llm, PROMPTS) for _ in range(2)]
+        before = engine_counters(llm)
+        alone = []
+        for ids in [*ALONE, ALONE[0]]:
+            # A cached prefix was computed in other chunks, in another order of sums.
+            llm.reset_prefix_cache()
+            alone += generate(llm, [ids], logprobs=5)
+        counted = engine_counters(llm)
+        yield {
+            "name": request.param,
+            "rounds": rounds,
+            "alone": alone,
+            "messages": messages,
+            "preemptions": metric(llm, "vllm:num_preemptions"),
+            "hits": metric(llm, "vllm:prefix_cache_hits"),
+            "counters": {name: counted[name] - before[name] for name in counted},
+        }
+
+
+@pytest.mark.parametrize("turn", [0, 1], ids=["uncached", "with-prefix-cache-hits"])
+def test_greedy_tokens_are_those_of_the_reference_on_a_cpu(exact, turn):
+    assert differing(exact["rounds"][turn], "exact") == []
+
+
+def test_the_compiled_kernels_served_and_said_so(exact):
+    assert "EntmaxKV kernels: triton" in exact["messages"]
+
+
+def test_requests_were_preempted_and_prefixes_cached(exact):
+    assert exact["preemptions"] > 0
+    assert exact["hits"] > 0
+
+
+def test_every_decoded_token_is_counted_right_after_the_last_step(exact):
+    counters, layers = exact["counters"], 4
+    # A prompt gives the first token.
+    assert counters["steps"] == layers * len(exact["alone"]) * (NEW_TOKENS - 1)
+    assert counters["query_heads"] == 8 * counters["steps"]
+    assert counters["pages_read"] == counters["pages_held"] > 0
+    assert counters["sparse_steps"] == 0
+
+
+def fingerprint(output):
+    """Tokens and the bits of the log probabilities beside them."""
+    return [
+        (token, sorted((other, value.logprob) for other, value in step.items()))
+        for token, step in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+
+
+SEEN: dict[str, list] = {}
+
+
+def test_captured_and_eager_steps_give_the_same_bits(exact):
+    SEEN[exact["name"]] = [fingerprint(output) for output in exact["alone"]]
+    assert SEEN[exact["name"]][0] == SEEN[exact["name"]][-1]
+    if {"graphs-alone", "eager"} <= SEEN.keys():
+        assert SEEN["graphs-alone"] == SEEN["eager"]
+
+
+@pytest.mark.parametrize("selector", ["topk", "gaussian"])
+def test_sparse_selectors_read_less_and_give_the_reference_s_tokens(selector):
+    with started(selector, compilation_config=GRAPHS) as llm:
+        rounds = [generate(llm, PROMPTS) for _ in range(2)]
+        counters = engine_counters(llm)
+    print(selector, counters, [differing(outputs, selector) for outputs in rounds])
+    assert counters["sparse_steps"] > 0
+    assert counters["pages_read"] < counters["pages_held"]
+    for outputs in rounds:
+        assert differing(outputs, selector) == []
