@@ -31,7 +31,7 @@ def assert_prefill(scene, query_lens=None, **options):
 
 
 @alphas
-@pytest.mark.parametrize("page_size", [16, 32, 64], ids="page size {}".format)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128], ids="page size {}".format)
 def test_ragged_batches_match_dense_attention(alpha, page_size):
     lengths = [1, page_size - 1, page_size, page_size + 1, 3 * page_size + 5]
     assert_prefill(make_scene(lengths, page_size=page_size), alpha=alpha)
@@ -48,7 +48,7 @@ def test_alibi_and_a_sliding_window_match_dense_attention(alpha):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8], ids="{} query heads per KV head".format)
-@pytest.mark.parametrize("head_size", [64, 80, 128], ids="head size {}".format)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256], ids="head size {}".format)
 def test_head_groups_and_head_sizes_match_dense_attention(group, head_size):
     scene = make_scene([23, 50], group=group, head_size=head_size)
     assert_prefill(scene, alpha=1.5)
