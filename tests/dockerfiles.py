@@ -10,7 +10,7 @@ NAMES = ("Dockerfile", "Dockerfile.cpu")
 
 
 def instructions(name):
-    """[(INSTRUCTION, the rest)] of one of docker/'s Dockerfiles, lines joined, comments left out."""
+    """[(INSTRUCTION, the rest)] of a Dockerfile, with lines joined and without comments."""
     lines = (ROOT / "docker" / name).read_text().splitlines()
     text = "\n".join(line for line in lines if line and not line.startswith("#"))
     joined = re.sub(r"\\\n\s*", "", text)

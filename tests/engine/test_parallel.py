@@ -19,7 +19,7 @@ def served(ranks):
     from vllm import SamplingParams
 
     rng = random.Random(4)
-    prompts = [needle_prompt(rng, tokens=tokens, keys=2).prompt for tokens in (130, 350, 800)]
+    prompts = [needle_prompt(rng, tokens=tokens, keys=2).prompt for tokens in (200, 350, 800)]
     sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     with engine(tensor_parallel_size=ranks, max_model_len=1024, additional_config=OPTIONS) as llm:
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
