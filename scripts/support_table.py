@@ -166,6 +166,7 @@ PROCESSES = (
         "data parallelism",
         cpu=f"{SERVING}test_both_engines_decode_and_are_counted",
     ),
+    Line("Ray", not_on_cpu="vLLM does not support it there"),
     Line("decode context parallelism", layer={"use_dcp": True}),
     Line("prefill context parallelism", layer={"use_pcp": True}),
 )

@@ -40,7 +40,7 @@ def test_a_worker_without_the_package_says_what_is_missing(member):
     assert b"entmaxkv_vllm" in child.stderr.splitlines()[-1]
 
 
-def test_the_package_reads_only_variables_that_vllm_copies_to_its_workers(monkeypatch):
+def test_the_package_reads_only_variables_that_reach_every_ray_worker(monkeypatch):
     from vllm.ray.ray_env import get_env_vars_to_copy
 
     source = "".join(path.read_text() for path in Path(entmaxkv_vllm.__file__).parent.glob("*.py"))
@@ -51,10 +51,12 @@ def test_the_package_reads_only_variables_that_vllm_copies_to_its_workers(monkey
     assert read <= get_env_vars_to_copy()
 
 
-def test_the_compilers_variables_reach_ray_workers_only_when_named(monkeypatch):
+def test_the_compilers_variables_reach_some_ray_workers_only_when_named(monkeypatch):
     from vllm.ray.ray_env import get_env_vars_to_copy
+    from vllm.v1.executor.ray_env_utils import get_driver_env_vars
 
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    assert "TRITON_CACHE_DIR" in get_driver_env_vars(set())
     assert "TRITON_CACHE_DIR" not in get_env_vars_to_copy()
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "TRITON_CACHE_DIR")
     assert "TRITON_CACHE_DIR" in get_env_vars_to_copy()
