@@ -1,4 +1,4 @@
-"""A server as configs/serve/cpu.yaml starts it, over two engines, watched as in a container."""
+"""configs/serve/cpu.yaml as the CPU image serves it, over two engines, and watched as there."""
 
 import json
 import random
@@ -23,13 +23,16 @@ QUESTIONS = 4
 CHOICES = ["for", "while"]
 
 
-class FileServer(Server):
-    """Started by a file for `--config`, from the root of the clone."""
+class ImageServer(Server):
+    """Started by the command of the CPU image, from the root of the clone."""
 
-    def __init__(self, file: str, *arguments: str) -> None:
+    def __init__(self, *arguments: str) -> None:
         super().__init__(str(DEMO_MODEL), additional_config={})
+        program, *entrypoint = json.loads(dockerfiles.last("Dockerfile.cpu", "ENTRYPOINT"))
+        assert program == "python"
+        command = json.loads(dockerfiles.last("Dockerfile.cpu", "CMD"))
         place = [f"--host={HOST}", f"--port={self.port}"]
-        self.command = [*self.command[:3], "--config", file, *place, *arguments]
+        self.command = [sys.executable, *entrypoint, *command, *place, *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def server():
     monkeypatch.chdir(ROOT)
     # Two engines start at a time.
     monkeypatch.setattr("entmaxkv_vllm.server.START_SECONDS", 600)
-    with FileServer("configs/serve/cpu.yaml", "--data-parallel-size=2") as running:
+    with ImageServer("--data-parallel-size=2") as running:
         yield running
     monkeypatch.undo()
 

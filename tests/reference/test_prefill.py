@@ -31,7 +31,7 @@ def assert_prefill(scene, query_lens=None, **options):
 
 
 @alphas
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128], ids="page size {}".format)
+@pytest.mark.parametrize("page_size", [16, 32, 64], ids="page size {}".format)
 def test_ragged_batches_match_dense_attention(alpha, page_size):
     lengths = [1, page_size - 1, page_size, page_size + 1, 3 * page_size + 5]
     assert_prefill(make_scene(lengths, page_size=page_size), alpha=alpha)
