@@ -24,14 +24,14 @@ class Line:
 
     Attributes:
         feature: as a user would call it; `{name}` stands for a value of the code, see
-            `tabulate_support.VALUES`.
+            `tabulate_support.values`.
         layer: arguments of `EntmaxKVBackend.validate_configuration` that stand for it.
         engine: arguments of vLLM's `EngineArgs` that stand for it.
         model: entries of config.json that stand for it.
         cpu, gpu: a test, `file::function`, that shows it through the engine (or, where the
             engine adds nothing, in the attention functions) on that device.
         not_on_cpu, not_on_gpu: why that device does not have it, where no configuration is refused
-            for it; `{name}` as in `feature`.
+            for it.
     """
 
     feature: str
@@ -126,7 +126,7 @@ SCHEDULING = (
     Line("chunked prefill", cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked"),
     Line("preemption", cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked"),
     Line("async scheduling", not_on_cpu="vLLM turns it off"),
-    Line("CUDA graphs", not_on_cpu="it has none", not_on_gpu="{no_graphs}"),
+    Line("CUDA graphs for decode", not_on_cpu="it has none"),
     Line(
         "n-gram speculative decoding, `exact`",
         engine={"speculative_config": NGRAM},

@@ -31,7 +31,6 @@ def values() -> dict[str, str]:
 
     kept = {*EntmaxKVBackend.supported_kv_cache_dtypes, "fp8", "fp8_e4m3"}
     others = [name for name in get_args(CacheDType) if name not in kept]
-    graphs = EntmaxKVBackend.get_builder_cls()._cudagraph_support
     return {
         "head_sizes": ", ".join(map(str, HEAD_SIZES)),
         "page_sizes": ", ".join(map(str, PAGE_SIZES)),
@@ -39,7 +38,6 @@ def values() -> dict[str, str]:
             layout.name for layout in EntmaxKVBackend.supported_kv_cache_layouts()
         ),
         "other_cache_dtypes": ", ".join(others),
-        "no_graphs": f"the backend declares {graphs.name}" if graphs.name == "NEVER" else "",
     }
 
 
@@ -120,8 +118,8 @@ def table(lines: tuple[Line, ...]) -> list[str]:
     rows = ["| | CPU | GPU | shown by, or refused because |", "|---|---|---|---|"]
     for line in lines:
         refused = refusal(line)
-        cpu = verdict(refused, line.cpu, line.not_on_cpu.format_map(names))
-        gpu = verdict(refused, line.gpu, line.not_on_gpu.format_map(names))
+        cpu = verdict(refused, line.cpu, line.not_on_cpu)
+        gpu = verdict(refused, line.gpu, line.not_on_gpu)
         if cpu.because == gpu.because:
             because = cpu.because
         else:
