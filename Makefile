@@ -23,6 +23,7 @@ test: $(STAMPS)/develop lint
 lint: $(STAMPS)/develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/entmaxkv_kernels
 	MYPYPATH=build/mypy $(BIN)/mypy -p entmaxkv_kernels
 	MYPYPATH=build/mypy $(BIN)/mypy

@@ -62,7 +62,7 @@ def poison_unselected(scene, selected):
 
 
 @alphas_and_selectors
-@pytest.mark.parametrize("page_size", [16, 32, 64], ids="page size {}".format)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128], ids="page size {}".format)
 def test_reading_every_page_of_ragged_batches_matches_dense_attention(alpha, selector, page_size):
     lengths = [1, page_size - 1, page_size, page_size + 1, 3 * page_size + 5, 2]
     scene = make_scene(lengths, page_size=page_size, statistics=selector.statistics)
@@ -81,7 +81,7 @@ def test_alibi_and_a_sliding_window_match_dense_attention(alpha, selector):
 
 @named(ALL_PAGES)
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8], ids="{} query heads per KV head".format)
-@pytest.mark.parametrize("head_size", [64, 80, 128], ids="head size {}".format)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256], ids="head size {}".format)
 def test_head_groups_and_head_sizes_match_dense_attention(selector, group, head_size):
     scene = make_scene(
         [23, 70, 5], group=group, head_size=head_size, statistics=selector.statistics

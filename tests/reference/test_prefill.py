@@ -48,7 +48,7 @@ def test_alibi_and_a_sliding_window_match_dense_attention(alpha):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8], ids="{} query heads per KV head".format)
-@pytest.mark.parametrize("head_size", [64, 80, 128], ids="head size {}".format)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256], ids="head size {}".format)
 def test_head_groups_and_head_sizes_match_dense_attention(group, head_size):
     scene = make_scene([23, 50], group=group, head_size=head_size)
     assert_prefill(scene, alpha=1.5)
