@@ -14,6 +14,7 @@ ARCHITECTURES = f"{ENGINE}test_architectures.py::"
 STATISTICS = f"{ENGINE}test_statistics.py::"
 PARALLEL = f"{ENGINE}test_parallel.py::"
 SERVING = f"{ENGINE}test_serving.py::"
+GPU = "tests/gpu/test_serving.py::"
 DECODE = "tests/reference/test_decode.py::"
 PREFILL = "tests/reference/test_prefill.py::"
 
@@ -55,6 +56,7 @@ MODELS = (
     Line(
         "causal decoders with grouped-query heads",
         cpu=f"{EXACT}test_greedy_tokens_are_those_of_the_oracle",
+        gpu=f"{GPU}test_greedy_tokens_are_those_of_the_reference_on_a_cpu",
     ),
     Line(
         "head sizes {head_sizes}",
@@ -62,7 +64,10 @@ MODELS = (
     ),
     Line("other head sizes", layer={"head_size": 72}),
     Line("float32", cpu=f"{EXACT}test_logits_agree_with_the_oracle_to_a_ten_thousandth"),
-    Line("float16, bfloat16", cpu=f"{OPTIONS}test_half_precision_answers_right"),
+    Line(
+        "float16, bfloat16",
+        cpu=f"{OPTIONS}test_half_precision_answers_right",
+    ),
     Line(
         "an alpha for each query head",
         model={"entmax_alpha": [1.5] * 31 + [1.0]},
@@ -94,7 +99,17 @@ CACHE = (
     Line(
         "the cache in the model's dtype", cpu=f"{EXACT}test_greedy_tokens_are_those_of_the_oracle"
     ),
-    Line("fp8 cache", layer={"kv_cache_dtype": "fp8"}),
+    Line(
+        "fp8 cache, `exact`",
+        engine={"kv_cache_dtype": "fp8"},
+        cpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
+    ),
+    Line(
+        "fp8 cache, a sparse selector",
+        engine={"kv_cache_dtype": "fp8", **options(selector="gaussian")},
+        cpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
+        not_on_gpu="refused, because the compiled kernels have no statistics of it",
+    ),
     Line("scales for each head of an fp8 cache", layer={"use_per_head_quant_scales": True}),
     Line("`--kv-cache-dtype` {other_cache_dtypes}", layer={"kv_cache_dtype": "nvfp4"}),
     Line(
@@ -111,7 +126,11 @@ CACHE = (
         "cache layouts {layouts}",
         cpu=f"{OPTIONS}test_every_declared_cache_layout_answers_right",
     ),
-    Line("prefix caching", cpu=f"{EXACT}test_logits_agree_with_the_oracle_to_a_ten_thousandth"),
+    Line(
+        "prefix caching",
+        cpu=f"{EXACT}test_logits_agree_with_the_oracle_to_a_ten_thousandth",
+        gpu=f"{GPU}test_requests_were_preempted_and_prefixes_cached",
+    ),
     Line(
         "KV connectors: transfer between servers, offload to CPU memory",
         layer={"use_kv_connector": True},
@@ -123,10 +142,22 @@ CACHE = (
 )
 
 SCHEDULING = (
-    Line("chunked prefill", cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked"),
-    Line("preemption", cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked"),
+    Line(
+        "chunked prefill",
+        cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked",
+        gpu=f"{GPU}test_greedy_tokens_are_those_of_the_reference_on_a_cpu",
+    ),
+    Line(
+        "preemption",
+        cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked",
+        gpu=f"{GPU}test_requests_were_preempted_and_prefixes_cached",
+    ),
     Line("async scheduling", not_on_cpu="vLLM turns it off"),
-    Line("CUDA graphs for decode", not_on_cpu="it has none"),
+    Line(
+        "CUDA graphs for decode",
+        not_on_cpu="it has none",
+        gpu=f"{GPU}test_captured_and_eager_steps_give_the_same_bits",
+    ),
     Line(
         "n-gram speculative decoding, `exact`",
         engine={"speculative_config": NGRAM},
@@ -145,6 +176,11 @@ SCHEDULING = (
         "layers kept dense (`dense_layers`)",
         engine=options(selector="topk", dense_layers=[0]),
         cpu=f"{OPTIONS}test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date",
+    ),
+    Line(
+        "the selectors `topk` and `gaussian`",
+        cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{GPU}test_sparse_selectors_read_less_and_give_the_reference_s_tokens",
     ),
     Line(
         "statistics after reuse, preemption and shared prefixes",
