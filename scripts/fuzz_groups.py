@@ -120,7 +120,6 @@ def run_decodes(
             pool.cache,
             call.block_table,
             Exact() if family.window else call.selector,
-            call.exact_rows is not None,
             call.exact_below,
         )
         for call in calls

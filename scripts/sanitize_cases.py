@@ -136,7 +136,7 @@ def run(case: Case) -> None:
         expected = prefill(*context, starts, **on_host)
         prefill(*device, *to_device(starts), **on_chip, workspace=scratch(size))
     else:
-        shape_of = step_shape(device[0], device[1], device[2], case.selector, False, 0)
+        shape_of = step_shape(device[0], device[1], device[2], case.selector, 0)
         size = shape_of.least_size if case.least else shape_of.good_size
         counters, selector = torch.zeros(len(Counter), dtype=torch.int64), case.selector
         expected = decode(*context, **on_host, selector=selector)

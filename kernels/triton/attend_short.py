@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .attend import load_near, pack_above, sum_values
+from .attend import DONE, LEFT, load_near, pack_above, sum_values
 from .counters import SUPPORT, count_step
 from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, sum_moments
 from .scores import await_previous, page_source
@@ -16,21 +16,22 @@ from .scores import await_previous, page_source
 @triton.jit(do_not_specialize=["capacity"])
 def attend_short_kernel(
     p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_score,
-    p_near_score, p_near_slot, p_out, p_counters,
+    p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
     s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
     factor, exponent, value_scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
     R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-    LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, COUNT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    ORDER: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
 
     The scores of a head are TILES tiles of BN tokens of each of S splits, which is the capacity of
     their lists, and at most R in all.
-    The parts repeat the solution and pack the same into the same place.
+    The parts repeat the solution and pack the same into the same place. Rows with more scores,
+    where OVERFULL, are left to `fallback_kernel`.
     """
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
@@ -39,13 +40,22 @@ def attend_short_kernel(
     await_previous(CHAINED)
     if COUNT and i_d + i_hq == 0:
         count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
+    if OVERFULL and i_d + i_hq + i_b == 0:
+        tl.store(p_barrier, 0)
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
+        if OVERFULL:
+            tl.store(p_state + i_head, DONE)
         return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
     p_pages, _, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
         list_stride, P, WINDOW, LISTED,
     )  # fmt: skip
+    if OVERFULL:
+        left = entries > TILES * S * (BN // P)
+        tl.store(p_state + i_head, tl.where(left, LEFT, DONE))
+        if left:
+            return
     o_r = tl.arange(0, R)
     o_split, o_place = o_r // (TILES * BN), o_r % (TILES * BN)
     o_entry = (o_split + o_place // BN * S) * (BN // P) + o_place % BN // P

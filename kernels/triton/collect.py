@@ -126,7 +126,7 @@ def collect_kernel(
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    OVERFULL: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
@@ -134,6 +134,7 @@ def collect_kernel(
     Writes per split the number of candidates, which may exceed the capacity of the list, and per
     head and class of rows the largest of all scores and the moments above the guess.
 
+    OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     """
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -193,7 +194,10 @@ def collect_kernel(
         b_maximum = tl.maximum(b_maximum, b_z)
         if filtered == 0:
             p_z = p_score + o_list[None, :] + (count + o_n)[:, None]
-            tl.store(p_z, b_z, mask=m_g[None, :])
+            m_z = m_g[None, :]
+            if OVERFULL:
+                m_z &= (count + o_n < capacity)[:, None]
+            tl.store(p_z, b_z, mask=m_z)
             count += BN
         else:
             b_x = tl.maximum(b_z - b_guess[None, :], 0.0)

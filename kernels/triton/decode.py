@@ -59,7 +59,7 @@ def decode(
         return out
     if sliding_window is not None:
         selector = Exact()  # every page inside the window is read
-    shape = step_shape(query, cache, block_table, selector, exact_rows is not None, exact_below)
+    shape = step_shape(query, cache, block_table, selector, exact_below)
     if workspace is None:
         workspace = torch.empty(shape.good_size, dtype=torch.uint8, device=query.device)
     if workspace.numel() < shape.least_size:
@@ -119,6 +119,7 @@ def decode(
         "LISTED": shape.listed,
         "ALIBI": alibi_slopes is not None,
         "EXACT_ROWS": exact_rows is not None,
+        "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
@@ -143,13 +144,12 @@ def step_shape(
     cache: PagedCache,
     block_table: Tensor,
     selector: Selector,
-    has_exact_rows: bool,
     exact_below: int,
 ) -> Shape:
     """What the launches of a step depend on."""
     kv_heads, page_size = cache.key.shape[1:3]
     budget = None
-    if isinstance(selector, TopK) and not has_exact_rows:
+    if isinstance(selector, TopK):
         budget = max(selector.token_budget // page_size * page_size + page_size, exact_below)
     return Shape(
         len(query),
@@ -242,6 +242,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
         _chain(attend_short_kernel, parts, arguments, **held, **values)
+        _make_up(shape, arguments)
         return
     filters, threads = shape.filter_parts, 128
     places = min(triton.next_power_of_2(capacity), max(32, 16 * threads * filters // splits))
@@ -256,7 +257,12 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     )
     block = 512 if shape.max_read > 1 << 18 or warps == 4 else 256
     _chain(attend_kernel, parts, arguments, R=block * warps, **values)
-    if guessed or shape.near < shape.most_near:
+    _make_up(shape, arguments)
+
+
+def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
+    """Attend where lists were too short, or a guess too high, if either can be."""
+    if arguments["GUESSED"] or arguments["OVERFULL"] or shape.near < shape.most_near:
         # Interpreted programs run one after the other, and cannot wait for each other.
         on_gpu = arguments["p_query"].is_cuda
         _launch(

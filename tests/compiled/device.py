@@ -44,8 +44,8 @@ class Step:
         }
         query = scene.last_queries
         context = query.to(DEVICE), scene.cache, scene.block_table
-        exact_rows, exact_below = self.options["exact_rows"], self.options["exact_below"]
-        self.shape = step_shape(*context, selector, exact_rows is not None, exact_below)
+        exact_below = self.options["exact_below"]
+        self.shape = step_shape(*context, selector, exact_below)
         self.counters = torch.zeros(len(Counter), dtype=torch.int64)
 
     def run(self, workspace_size: int | None = None) -> Tensor:

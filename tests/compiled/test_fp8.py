@@ -46,7 +46,7 @@ def poisoned(size):
 
 def shape_of(scene, selector):
     query, table = scene.last_queries.to(DEVICE), scene.block_table.to(DEVICE)
-    return step_shape(query, scene.cache, table, selector, False, 0)
+    return step_shape(query, scene.cache, table, selector, 0)
 
 
 def check_decode(scene, selector, workspace=None, **options):

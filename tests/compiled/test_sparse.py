@@ -5,6 +5,7 @@ import torch
 from reference.scene import make_scene
 
 from entmaxkv_kernels import Counter, Gaussian, TopK
+from entmaxkv_kernels.triton import workspace
 from entmaxkv_kernels.triton.workspace import Shape
 
 from .device import DTYPES, Step
@@ -94,8 +95,10 @@ def test_heads_have_their_own_alpha_and_slope(selector):
     check(selector, sparse_scene(selector), alpha=alpha, alibi_slopes=slopes)
 
 
+@pytest.mark.parametrize("held", [2048, 0], ids=["scores in registers", "scores in lists"])
 @selectors
-def test_some_sequences_are_decoded_exactly(selector):
+def test_some_sequences_are_decoded_exactly(selector, held, monkeypatch):
+    monkeypatch.setattr(workspace, "HELD", held)
     exact_rows = torch.tensor([False, False, True, False, True, False])
     pages = check(selector, sparse_scene(selector), exact_rows=exact_rows, exact_below=16)
     assert pages[4, :, :32].all()
@@ -119,6 +122,14 @@ def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch
     exact_rows = torch.tensor([False, False, True])
     pages = check(TopK(1000), scene, exact_rows=exact_rows)
     assert pages.sum(-1).flatten().tolist() == [1000 // 16 + 1, 3, 1030]
+
+
+def test_a_sample_that_misleads_is_made_up_for():
+    """Of 2,100 pages every other one is sampled, and those between lie nearer."""
+    scene = sparse_scene(TopK(1000), [2100 * 16 + 3], kv_heads=1, group=2)
+    scene.cache.statistics[scene.block_table[0, 1:2100:2].long()] *= 3
+    pages = check(TopK(1000), scene)
+    assert pages[0, 0, :2100:2].sum() < 10
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
