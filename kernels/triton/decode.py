@@ -260,7 +260,7 @@ def _attend_warps(shape: Shape) -> int:
     """Warps that solve the threshold of one query head: as few as hold what it can read."""
     if shape.max_read <= 2048:
         return 4
-    crowded = shape.value_parts * shape.query_heads * shape.batch > 2 * shape.processors
+    crowded = shape.value_parts * shape.query_heads * shape.planned_batch > 2 * shape.processors
     return 8 if crowded or shape.max_read <= 8192 else 16
 
 
