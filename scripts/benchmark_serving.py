@@ -3,24 +3,24 @@
 Models are Llama shapes with dummy weights. Each arm is an engine in a process of its own, on the
 same GPU and in the same run, one after the other. Prompts are not computed: as vLLM's
 DecodeBenchConnector does, the pages of a request are filled with normal numbers, and for ENTMAXKV
-written again through `append`, which makes the statistics those of the keys. Dummy weights give
-queries near zero; the keys are scaled so that scores have the standard deviation --score-spread.
-`support` in a row says how many tokens had weight.
+written again through `append`, which makes the statistics those of the keys. The keys are scaled so
+that scores have the standard deviation --score-spread, with norms of weight one and embeddings of
+ordinary size in place of the dummy weights, which would give queries of zero. `support` in a row
+says how many tokens had weight.
 
 ENTMAXKV refuses KV connectors, which could leave statistics stale; only here, where the connector
 keeps them, it is made to accept one.
 """
 
 import argparse
-import fcntl
-import gc
+import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import statistics
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted({1, requests})}
     if not args.compile:
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    # Weights are uniform within +-0.001, and what they multiply has been normalised.
+    # Weights are uniform within +-0.001, and what they multiply was normalised.
     spread = args.score_spread / (1e-3 * (sizes["hidden_size"] / 3) ** 0.5)
     llm = LLM(
         str(model_folder(shape)),
@@ -140,8 +140,13 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
         seed=0,
         **options,
     )
-    core = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    LAYERS.update(core.vllm_config.compilation_config.static_forward_context)
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    LAYERS.update(worker.vllm_config.compilation_config.static_forward_context)
+    for name, weight in worker.model_runner.model.named_parameters():
+        if "norm" in name:
+            weight.data.fill_(1)
+        elif "embed" in name:
+            weight.data.mul_(1000)
     return llm
 
 
@@ -162,40 +167,42 @@ def time_per_token(llm: Any, context: int, requests: int) -> float:
     return (kept[-1] - kept[0]) / (len(kept) - 1) * 1e3
 
 
-def run_arm(shape: str, arm: str, contexts: list[int], requests: int, args: Any, out: Any) -> None:
+def run_arm(
+    shape: str, arm: str, contexts: list[int], requests: int, args: Any, turn: Any, out: Any
+) -> None:
     """Measure one engine in this process, alone on the GPU, and send rows."""
-    import vllm  # noqa: F401  imported while another arm has the GPU
+    # What takes long to import is imported while another arm has the GPU.
+    import vllm.model_executor.models.llama
+    import vllm.v1.worker.gpu.model_runner  # noqa: F401
+    from vllm import LLM  # noqa: F401
 
     from entmaxkv_vllm.telemetry import engine_counters
 
-    with Path(args.lock).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        start = time.perf_counter()
-        try:
-            llm = engine(shape, arm, contexts, requests, args)
-            print(f"{shape} {arm}: started in {time.perf_counter() - start:.0f} s", flush=True)
-            for context in contexts:
-                before = engine_counters(llm) if arm != "FLASH_ATTN" else {}
-                values = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
-                row: dict[str, Any] = {
-                    "model": shape,
-                    "requests": requests,
-                    "context": context,
-                    "selector": arm,
-                    "tpot_ms": statistics.median(values),
-                    "all_ms": values,
-                    "gpu": torch.cuda.get_device_name(),
-                    "compiled": args.compile,
-                    "score_spread": args.score_spread,
-                }
-                if before:
-                    row |= shares(before, engine_counters(llm))
-                print(json.dumps(row), flush=True)
-                out.put(row)
-            del llm
-            gc.collect()
-        except Exception:
-            traceback.print_exc()
+    turn.wait()
+    start = time.perf_counter()
+    llm = engine(shape, arm, contexts, requests, args)
+    print(f"{shape} {arm}: started in {time.perf_counter() - start:.0f} s", flush=True)
+    for context in contexts:
+        before = engine_counters(llm) if arm != "FLASH_ATTN" else {}
+        values = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
+        row: dict[str, Any] = {
+            "model": shape,
+            "requests": requests,
+            "context": context,
+            "selector": arm,
+            "tpot_ms": statistics.median(values),
+            "all_ms": values,
+            "gpu": torch.cuda.get_device_name(),
+            "compiled": args.compile,
+            "score_spread": args.score_spread,
+        }
+        if before:
+            row |= shares(before, engine_counters(llm))
+        print(json.dumps(row), flush=True)
+        out.put(row)
+    out.close()
+    out.join_thread()
+    os._exit(0)  # an engine takes seconds to take down
 
 
 def shares(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
@@ -235,28 +242,28 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--score-spread", type=float, default=1.0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--lock", default=str(Path(tempfile.gettempdir()) / "serving.lock"))
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     spawn = multiprocessing.get_context("spawn")
     out: Any = spawn.Queue()
-    processes = []
+    arms = []
     for shape in args.shape:
         for arm in args.arm:
             # The budget is a share of the context and one for an engine.
             parts = [[c] for c in args.context] if arm == "topk" else [args.context]
             for part in parts:
-                work = (shape, arm, part, args.requests, args, out)
-                processes.append(spawn.Process(target=run_arm, args=work))
-    for process in processes:
+                turn = spawn.Event()
+                work = (shape, arm, part, args.requests, args, turn, out)
+                arms.append((spawn.Process(target=run_arm, args=work, daemon=True), turn))
+    for process, _ in arms:
         process.start()
     rows: list[dict[str, Any]] = []
-    while any(process.is_alive() for process in processes) or not out.empty():
-        if out.empty():
-            time.sleep(0.2)
-            continue
-        rows.append(out.get())
-        args.out.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
+    for process, turn in arms:
+        turn.set()
+        while process.is_alive() or not out.empty():
+            with contextlib.suppress(queue.Empty):
+                rows.append(out.get(timeout=0.2))
+                args.out.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ class Shape:
         return self.query_heads // self.kv_heads
 
     @property
+    def planned_batch(self) -> int:
+        """The batch that the chip is divided for: each division compiles kernels of its own, and a
+        batch that was padded is divided like the one that it was."""
+        return triton.next_power_of_2(self.batch)
+
+    @property
     def padded_head_size(self) -> int:
         return max(16, triton.next_power_of_2(self.head_size))
 
@@ -113,7 +119,7 @@ class Shape:
         return min(self._programs(4), -(-self.max_pages // self.page_tile))
 
     def _programs(self, per_processor: int) -> int:
-        programs = per_processor * self.processors // (self.batch * self.kv_heads)
+        programs = per_processor * self.processors // (self.planned_batch * self.kv_heads)
         if programs > 64:
             programs = 1 << (programs.bit_length() - 1)
         return max(1, min(programs, _MOST_SPLITS))
@@ -126,7 +132,7 @@ class Shape:
     @property
     def crowded(self) -> bool:
         """Whether the programs that weigh values are more than a multiprocessor has room for."""
-        return self.value_parts * self.query_heads * self.batch > 2 * self.processors
+        return self.value_parts * self.query_heads * self.planned_batch > 2 * self.processors
 
     @property
     def store_below(self) -> int:
@@ -162,13 +168,13 @@ class Shape:
     def value_parts(self) -> int:
         """Programs per query head that weigh its values: 64 bytes of a value at least."""
         most = max(1, self.padded_head_size * self.dtype.itemsize // 64)
-        free = max(1, self.processors // (self.batch * self.query_heads))
+        free = max(1, self.processors // (self.planned_batch * self.query_heads))
         return min(4, most, 1 << (free.bit_length() - 1))
 
     @property
     def filter_parts(self) -> int:
         """Programs per query head that pack its candidates."""
-        wanted = max(1, 16 * self.processors // (self.batch * self.query_heads))
+        wanted = max(1, 16 * self.processors // (self.planned_batch * self.query_heads))
         wanted = 1 << (min(wanted, 16).bit_length() - 1)
         return min(wanted, triton.next_power_of_2(self.splits))
 
@@ -180,7 +186,7 @@ class Shape:
     @property
     def near(self) -> int:
         """Candidates above the lower bound of a threshold that each of them keeps."""
-        share = max(1024, min(_MOST_NEAR, _NEAR // (self.batch * self.query_heads)))
+        share = max(1024, min(_MOST_NEAR, _NEAR // (self.planned_batch * self.query_heads)))
         # A multiple of 16, or each batch size would compile kernels of its own.
         return -(-min(self.most_near, share // self.filter_parts) // 16) * 16
 

@@ -67,6 +67,8 @@ def differing(outputs, selector):
 @pytest.fixture(scope="module", params=ENGINES)
 def exact(request):
     """What the checks of the exact selector need of one engine, stopped before the next starts."""
+    import vllm  # noqa: F401  its import forgets the handlers of loggers
+
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -145,3 +147,11 @@ def test_sparse_selectors_read_less_and_give_the_reference_s_tokens(selector):
     assert counters["pages_read"] < counters["pages_held"]
     for outputs in rounds:
         assert differing(outputs, selector) == []
+
+
+def test_an_fp8_cache_serves_in_graphs_and_answers_as_in_eager_steps():
+    def tokens(**options):
+        with started("exact", dtype="bfloat16", kv_cache_dtype="fp8", **options) as llm:
+            return [list(output.token_ids) for output in generate(llm, ALONE[:1])]
+
+    assert tokens(compilation_config=GRAPHS) == tokens(enforce_eager=True)
