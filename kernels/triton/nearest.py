@@ -8,8 +8,6 @@ the few between are collected, and among these every program finds the last one 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -45,7 +43,7 @@ def row_scale(
     The splits' values are read a warp's width at a time, which every warp reduces by itself.
     """
     o_s = tl.arange(0, WARP)
-    peaks: Any = ()
+    peaks = ()
     width = 0.0
     for i_g in tl.static_range(G):
         b_peak = tl.full([WARP], -float("inf"), tl.float32)
@@ -58,7 +56,7 @@ def row_scale(
             b_new = tl.load(p_page_minimum + o_own, mask=m_own, other=float("inf"))
             b_least = tl.minimum(b_least, b_new)
         peak = tl.max(b_peak, 0)
-        peaks += (peak,)
+        peaks += (peak,)  # type: ignore[assignment]
         width = tl.maximum(width, peak - tl.min(b_least, 0))
     return peaks, tl.where(width > 0.0, STEPS / width, 0.0)
 
