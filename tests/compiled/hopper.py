@@ -1,0 +1,128 @@
+"""Compiles the kernels for an H100 or H200 on a machine without one, and prints their names.
+
+The interpreter accepts what the compiler does not. Every launch becomes a compilation; no GPU, and
+no driver of one, is asked for.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from entmaxkv_kernels import (
+    Counter,
+    Exact,
+    Gaussian,
+    PagedCache,
+    PageLayout,
+    TopK,
+    allocate_pages,
+    split_pages,
+)
+from entmaxkv_kernels.pages import FP8
+from entmaxkv_kernels.triton import append, decode, prefill
+
+launches = sys.modules["entmaxkv_kernels.triton.decode"]
+QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE, SCALE = 8, 2, 128, 16, 128**-0.5
+compiled: set[str] = set()
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches() -> None:
+    """Make launches compile only."""
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.add(self.fn.__name__)
+        return run(self, *args, grid=(1,), warmup=True, **options)
+
+    JITFunction.run = warm_up
+    triton.runtime.driver.set_active(Hopper())
+    launches.can_chain = lambda device: True
+
+
+def empty_cache(statistics: tuple[str, ...], dtype: torch.dtype) -> PagedCache:
+    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, statistics, fp8=dtype == FP8)
+    return split_pages(allocate_pages(2, KV_HEADS, layout, dtype, "cpu"), layout)
+
+
+def decode_step(selector: Any, tokens: int, dtype: torch.dtype = torch.bfloat16, **options: Any):
+    query = torch.zeros(1, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+    decode(
+        query,
+        empty_cache(selector.statistics, dtype),
+        torch.zeros(1, tokens // PAGE_SIZE, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        selector=selector,
+        **{
+            "scale": SCALE,
+            "alpha": 1.5,
+            "alibi_slopes": None,
+            "sliding_window": None,
+            "exact_rows": None,
+            "exact_below": 0,
+            "counters": torch.zeros(len(Counter), dtype=torch.int64),
+            "out": torch.empty_like(query),
+            **options,
+        },
+    )
+
+
+def prefill_step(alpha: float | torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    query = torch.zeros(70, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+    prefill(
+        query,
+        empty_cache((), dtype),
+        torch.zeros(1, 8, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        scale=SCALE,
+        alpha=alpha,
+        alibi_slopes=None,
+        sliding_window=None,
+        out=torch.empty_like(query),
+    )
+
+
+def append_step(statistics: tuple[str, ...], dtype: torch.dtype) -> None:
+    rows = torch.zeros(3, KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+    append(empty_cache(statistics, dtype), rows, rows, torch.arange(3))
+
+
+def main() -> None:
+    compile_launches()
+    exact_rows = torch.zeros(1, dtype=torch.bool)
+    mixed = torch.tensor([1.0, 1.5] * (QUERY_HEADS // 2), dtype=torch.float64)
+    slopes = torch.zeros(QUERY_HEADS)
+    decode_step(Exact(), 2048, sliding_window=300)
+    decode_step(Exact(), 8192, alibi_slopes=slopes)
+    decode_step(Exact(), 1 << 16, FP8)
+    decode_step(TopK(512), 8192, exact_rows=exact_rows, exact_below=512)
+    decode_step(TopK(4096), 1 << 16, exact_rows=exact_rows)
+    decode_step(TopK(512), 8192, alpha=mixed)
+    decode_step(Gaussian(), 8192)
+    prefill_step(1.5)
+    prefill_step(mixed)
+    prefill_step(1.5, FP8)
+    append_step(Gaussian.statistics, torch.bfloat16)
+    append_step(TopK.statistics, FP8)
+    print(*sorted(compiled), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
