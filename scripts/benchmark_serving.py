@@ -14,6 +14,7 @@ keeps them, it is made to accept one.
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -179,6 +180,8 @@ def run_arm(
     from entmaxkv_vllm.telemetry import engine_counters
 
     turn.wait()
+    # An arm that hangs says where, and makes room for the next.
+    faulthandler.dump_traceback_later(args.limit, exit=True)
     start = time.perf_counter()
     llm = engine(shape, arm, contexts, requests, args)
     print(f"{shape} {arm}: started in {time.perf_counter() - start:.0f} s", flush=True)
@@ -241,6 +244,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[32768, 131072])
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--score-spread", type=float, default=1.0)
+    parser.add_argument("--limit", type=int, default=600, help="seconds for one engine")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
