@@ -53,7 +53,7 @@ def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
     """Tiles for queries of a dtype, whose accumulators stay in registers."""
     if dtype == torch.float32:
         rows = 32 if padded_head_size < 256 else 16
-        return Tiles(rows, 32, 4, 2, 2, 32, 4, 1, 2)
+        return Tiles(rows, 64, 4, 2, 2, 32, 4, 1, 2)
     if padded_head_size == 256:
         return Tiles(64, 64, 4, 2, 2, 64, 8, 1, 1)
     # Small enough that two programs run at a time, one of which multiplies while the other adds.

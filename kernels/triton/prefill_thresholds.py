@@ -125,6 +125,16 @@ def add_masked(
 
 
 @triton.jit
+def raise_bound(p_tau, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER: tl.constexpr):
+    """Stores the bounds a Newton step further; returns whether that is not exact for a row."""
+    b_mass = tl.sum(b_mass, 1)
+    b_raised = b_tau + newton_step(b_mass, tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+    tl.store(p_tau, b_raised)
+    m_unfinished = (b_mass > 1.0 + excess_mass) & (b_raised > b_tau)
+    return tl.max(m_unfinished.to(tl.int32), 0)
+
+
+@triton.jit
 def mark_kept(p_units, p_words, start, kept, words, BC: tl.constexpr):
     """Flags of the units kept, by their positions, for the next kernel."""
     o_c = tl.arange(0, BC)
@@ -222,31 +232,32 @@ def prefill_thresholds_kernel(
                 rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
                 after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
+            unfinished = raise_bound(
+                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER
+            )
             start = whole * each
             units = (after - whole) * each
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
-            unfinished = 1
             while unfinished > 0:
-                b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
-                b_raised = b_tau + newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
-                m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_raised > b_tau)
-                unfinished = tl.max(m_unfinished.to(tl.int32), 0)
-                b_tau = b_raised
-                if unfinished > 0:
-                    listed = append_masked(lists, kept, first, start, start + units, stop, BC)
-                    full = kept // each
-                    b_mass, b_power = add_masked(
-                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
-                        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
-                    )  # fmt: skip
-                    b_mass, b_power = add_listed(
-                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
-                        D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
-                    )  # fmt: skip
-                    kept = keep_flagged(
-                        lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
-                    )
-            tl.store(p_tau + o_row, b_tau)
+                # Bounds wait in memory: rows that are carried around this loop would be converted
+                # between layouts in the loops inside it.
+                listed = append_masked(lists, kept, first, start, start + units, stop, BC)
+                b_tau = tl.load(p_tau + o_row)
+                full = kept // each
+                b_mass, b_power = add_masked(
+                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
+                    s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                )  # fmt: skip
+                b_mass, b_power = add_listed(
+                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
+                    D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
+                )  # fmt: skip
+                unfinished = raise_bound(
+                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER
+                )
+                kept = keep_flagged(
+                    lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
+                )
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
         # The list is the next tile's now.
