@@ -12,6 +12,9 @@ import triton.language as tl
 
 from .prefill_tiles import UNIT, load_rows, row_offsets, score
 
+# Its positions are past those of any query.
+NO_UNIT = tl.constexpr(1 << 26)
+
 
 @triton.jit
 def keep_flagged(
@@ -61,26 +64,25 @@ def append_masked(lists, kept, first, whole, after, stop, BC: tl.constexpr):
 
 
 @triton.jit
-def masked_keys(rows, p_units, i_t, listed, BN: tl.constexpr):
-    """Positions [BN] of a listed key tile, and which of them are of the sequence."""
-    position, count, lowest = rows[5], rows[6], rows[7]
-    o_n = tl.arange(0, BN)
-    o_e = i_t * (BN // UNIT) + o_n // UNIT
-    o_key = tl.load(p_units + o_e, mask=o_e < listed, other=0) * UNIT + o_n % UNIT
-    m_key = (o_e < listed) & (o_key >= lowest) & (o_key < position + count)
-    return tl.where(m_key, o_key, position + count), m_key  # one that no row sees
+def masked_keys(p_units, i_t, listed, BN: tl.constexpr):
+    """Positions [BN] of a listed key tile; past the list those that no row sees."""
+    o_e = i_t * (BN // UNIT) + tl.arange(0, BN // UNIT)
+    b_unit = tl.load(p_units + o_e, mask=o_e < listed, other=NO_UNIT)
+    return tl.reshape(b_unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :], [BN])
 
 
 @triton.jit
 def masked_scores(
-    rows, b_base, p_key, p_table, o_key, m_key, s_page, D: tl.constexpr, DP: tl.constexpr,
+    rows, b_base, p_key, p_table, o_key, s_page, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Scores of any keys, and where their rows are."""
+    """Scores of any keys, where their rows are, and which of them some row may see."""
+    position, count, lowest = rows[5], rows[6], rows[7]
     # Slots that hold no token of the sequence may hold anything, even NaN.
+    m_key = (o_key >= lowest) & (o_key < position + count)
     b_offset = row_offsets(p_table, o_key, m_key, s_page, D, P)
     b_k = load_rows(p_key, b_offset, m_key, tl.arange(0, DP), D, MASKED=True)
-    return score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True), b_offset
+    return score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True), b_offset, m_key
 
 
 @triton.jit

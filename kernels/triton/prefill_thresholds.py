@@ -38,12 +38,8 @@ def recent_scores(
 ):  # fmt: skip
     """Scores of the last BN keys that the tile sees, of which every row sees one."""
     position, count, lowest = rows[5], rows[6], rows[7]
-    o_key = position + count - BN + tl.arange(0, BN)
-    m_key = o_key >= lowest
-    o_key = tl.where(m_key, o_key, position + count)  # one that no row sees
-    b_z, _ = masked_scores(
-        rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
-    )
+    o_key = tl.maximum(position + count - BN, lowest) + tl.arange(0, BN)
+    b_z, _, _ = masked_scores(rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW)
     return b_z
 
 
@@ -114,9 +110,9 @@ def add_masked(
 ):  # fmt: skip
     """Adds those of the listed key tiles from `start` on, with masks."""
     for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
-        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
-        b_z, _ = masked_scores(
-            rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+        o_key = masked_keys(p_units, i_t, listed, BN)
+        b_z, _, _ = masked_scores(
+            rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW
         )
         b_tile_mass, b_tile_power, _ = moments(b_z, b_tau, rows[3], ORDER)
         b_mass += b_tile_mass
@@ -203,9 +199,7 @@ def prefill_thresholds_kernel(
                 b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
                 tl.store(p_base + o_row, b_base)
                 # Once more, that its scores are less the base in one rounding, as all later ones.
-                b_z = recent_scores(
-                    rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW
-                )
+                b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             # No finite bound and no visible key make NaN of their difference.
             b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
             b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)

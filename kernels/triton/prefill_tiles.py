@@ -76,7 +76,9 @@ def row_offsets(p_table, o_key, m_key, s_page, D: tl.constexpr, P: tl.constexpr)
 
 
 @triton.jit
-def spaced_pages(p_table, first, i_t, count, BN: tl.constexpr, SPACE: tl.constexpr, P: tl.constexpr):
+def spaced_pages(
+    p_table, first, i_t, count, BN: tl.constexpr, SPACE: tl.constexpr, P: tl.constexpr
+):
     """Pages of tile i_t of `count` tiles of keys SPACE positions apart."""
     o_n = tl.arange(0, BN)
     if BN % P == 0:
@@ -128,9 +130,7 @@ def load_tile(
     o_q = o_r // G
     o_head = i_h * G + o_r % G
     m_row = o_q < count
-    b_factor, b_exponent = head_parameters(
-        p_alpha, factor, exponent, o_head, m_row, ALPHA_PER_HEAD
-    )
+    b_factor, b_exponent = head_parameters(p_alpha, factor, exponent, o_head, m_row, ALPHA_PER_HEAD)
     if ALPHA_PER_HEAD:
         m_row &= tl.load(p_alpha + o_head, mask=m_row, other=1.0) > 1.0
     b_slope = b_factor

@@ -30,9 +30,9 @@ def attend_masked(
     from `start` on, with masks."""
     b_q, b_exponent = rows[0], rows[3]
     for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
-        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
-        b_z, b_offset = masked_scores(
-            rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+        o_key = masked_keys(p_units, i_t, listed, BN)
+        b_z, b_offset, m_key = masked_scores(
+            rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW
         )
         b_v = load_rows(p_value, b_offset, m_key, tl.arange(0, DP), D, MASKED=True).to(b_q.dtype)
         b_total, b_acc = weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER)
