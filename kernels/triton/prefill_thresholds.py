@@ -121,12 +121,21 @@ def add_masked(
 
 
 @triton.jit
-def raise_bound(p_tau, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER: tl.constexpr):
-    """Stores the bounds a Newton step further; returns whether that is not exact for a row."""
-    b_mass = tl.sum(b_mass, 1)
-    b_raised = b_tau + newton_step(b_mass, tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-    tl.store(p_tau, b_raised)
-    m_unfinished = (b_mass > 1.0 + excess_mass) & (b_raised > b_tau)
+def raise_bound(
+    p_tau, b_tau, b_mass, b_power, b_exponent, keys, excess_mass, ORDER: tl.constexpr
+):  # fmt: skip
+    """Stores the bounds a Newton step further; returns whether that is not exact for a row.
+
+    keys: how many may be above the bound.
+    """
+    b_mass, b_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
+    b_step = newton_step(b_mass, b_power, 1.0, b_exponent, ORDER)
+    tl.store(p_tau, b_tau + b_step)
+    m_unfinished = (b_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+    if ORDER == 2:
+        # Of each key above the bound (x - step) ** 2 is at least what is left of its weight.
+        b_left = b_mass - b_step * (2.0 * b_power - b_step * keys)
+        m_unfinished &= b_left > 1.0 + excess_mass
     return tl.max(m_unfinished.to(tl.int32), 0)
 
 
@@ -226,12 +235,14 @@ def prefill_thresholds_kernel(
                 rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
                 after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
-            unfinished = raise_bound(
-                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER
-            )
             start = whole * each
             units = (after - whole) * each
+            masked = listed
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
+            unfinished = raise_bound(
+                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + masked) * UNIT,
+                excess_mass, ORDER,
+            )  # fmt: skip
             while unfinished > 0:
                 # Bounds wait in memory: rows that are carried around this loop would be converted
                 # between layouts in the loops inside it.
@@ -246,12 +257,13 @@ def prefill_thresholds_kernel(
                     rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
                     D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
-                unfinished = raise_bound(
-                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, excess_mass, ORDER
-                )
                 kept = keep_flagged(
                     lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
                 )
+                unfinished = raise_bound(
+                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + masked) * UNIT,
+                    excess_mass, ORDER,
+                )  # fmt: skip
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
         # The list is the next tile's now.
