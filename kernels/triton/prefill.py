@@ -22,7 +22,7 @@ SAMPLED = 16
 """Of so many keys one is in the sample that gives the first bound, the first key of all among them."""
 
 _ALIGNMENT = 256
-_LISTED = 1024
+_LISTED = 512
 """Key units that a program lists or filters at a time."""
 _WAVES = 16
 """Tiles of all KV heads that the two kernels divide up at a time, for each program that runs."""
@@ -57,7 +57,7 @@ def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
     if padded_head_size == 256:
         return Tiles(64, 64, 4, 2, 2, 64, 8, 1, 1)
     # Small enough that two programs run at a time, one of which multiplies while the other adds.
-    return Tiles(128, 128, 8, 2, 2, 64, 8, 2, 1, registers=128)
+    return Tiles(128, 64, 8, 4, 2, 64, 8, 3, 1, registers=128)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scor
 from .prefill_tiles import (
     UNIT,
     any_flag,
+    flag_units,
     key_tiles,
     load_rows,
     load_tile,
@@ -33,14 +34,23 @@ LEAST = tl.constexpr(-3e38)
 
 @triton.jit
 def recent_scores(
-    rows, b_base, p_key, p_table, s_page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
-    BN: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    rows, b_base, p_key, p_table, s_page, i_t, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    BN: tl.constexpr, TILES: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the last BN keys that the tile sees, of which every row sees one."""
+    """Scores of tile i_t of the last TILES * BN keys that the tile of queries sees."""
     position, count, lowest = rows[5], rows[6], rows[7]
-    o_key = tl.maximum(position + count - BN, lowest) + tl.arange(0, BN)
-    b_z, _, _ = masked_scores(rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW)
+    first = tl.maximum(position + count - TILES * BN, lowest) + i_t * BN
+    b_z, _, _ = masked_scores(
+        rows, b_base, p_key, p_table, first + tl.arange(0, BN), s_page, D, DP, P, ALIBI, WINDOW
+    )
     return b_z
+
+
+@triton.jit
+def tile_sums(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
+    """`moments` of all units together, [BM, 4] each."""
+    b_mass, b_power = moments(b_z, b_tau, b_exponent, ORDER)
+    return tl.sum(b_mass, 1), tl.sum(b_power, 1)
 
 
 @triton.jit
@@ -63,10 +73,11 @@ def add_spaced(
         b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
-        b_mass += b_tile_mass
-        b_power += b_tile_power
+        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += tl.sum(b_unit_mass, 1)
+        b_power += tl.sum(b_unit_power, 1)
         if SPACE == 1:
+            b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
             b_flags |= b_tile_flags << (i_t % (32 // each) * each)
             complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
             if complete:
@@ -77,11 +88,14 @@ def add_spaced(
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, count,
+    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, b_quads, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`."""
+    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`.
+
+    b_quads: [BM, 4], how many fours of keys have one above the bound, for alpha 1.5.
+    """
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     each: tl.constexpr = BN // UNIT.value
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
@@ -91,20 +105,23 @@ def add_listed(
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
-        b_mass += b_tile_mass
-        b_power += b_tile_power
+        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += tl.sum(b_unit_mass, 1)
+        b_power += tl.sum(b_unit_power, 1)
+        if ORDER == 2:
+            b_quads += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
+        b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
         b_flags |= b_tile_flags << (i_t % (32 // each) * each)
         complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
         if complete:
             tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
         b_flags = tl.where(complete, 0, b_flags)
-    return b_mass, b_power
+    return b_mass, b_power, b_quads
 
 
 @triton.jit
 def add_masked(
-    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, start, listed, s_page,
+    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, b_quads, start, listed, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -114,10 +131,12 @@ def add_masked(
         b_z, _, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW
         )
-        b_tile_mass, b_tile_power, _ = moments(b_z, b_tau, rows[3], ORDER)
-        b_mass += b_tile_mass
-        b_power += b_tile_power
-    return b_mass, b_power
+        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += tl.sum(b_unit_mass, 1)
+        b_power += tl.sum(b_unit_power, 1)
+        if ORDER == 2:
+            b_quads += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
+    return b_mass, b_power, b_quads
 
 
 @triton.jit
@@ -201,23 +220,33 @@ def prefill_thresholds_kernel(
             o_row = (i_h * slab + i_slab).to(tl.int64) * BM + tl.arange(0, BM)
             p_word = p_words + (i_h * slab + i_slab).to(tl.int64) * s_words
 
+            # Every row sees one of the recent keys.
+            recent: tl.constexpr = (BQ + BN - 1) // BN
             b_base = tl.zeros([BM], tl.float32)
-            b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             if rows[0].dtype == tl.float32:
+                b_z = recent_scores(
+                    rows, b_base, p_k, p_table, s_page, 0, D, DP, P, BN, recent, ALIBI, WINDOW
+                )
                 b_peak = tl.max(b_z, 1)
                 b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
                 tl.store(p_base + o_row, b_base)
-                # Once more, that its scores are less the base in one rounding, as all later ones.
-                b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             # No finite bound and no visible key make NaN of their difference.
-            b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-            b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
-            for _ in tl.static_range(RECENT_STEPS):
-                b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-                b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            b_tau = tl.where(m_row, LEAST, float("inf"))
+            b_mass, b_power = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32)
+            for i_t in tl.static_range(recent):
+                b_z = recent_scores(
+                    rows, b_base, p_k, p_table, s_page, i_t, D, DP, P, BN, recent, ALIBI, WINDOW
+                )
+                b_tau = tl.maximum(b_tau, tl.max(b_z, 1) - 1.0)
+                for _ in tl.static_range(RECENT_STEPS):
+                    b_mass, b_power = tile_sums(b_z, b_tau, b_exponent, ORDER)
+                    b_tau += newton_step(
+                        tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER
+                    )
+                b_mass, b_power = tile_sums(b_z, b_tau, b_exponent, ORDER)
 
             first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
-            sampled = (position + count - BN - whole * BN) // (BN * SAMPLED)
+            sampled = (position + count - recent * BN - whole * BN) // (BN * SAMPLED)
             b_mass, b_power = add_spaced(
                 rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN, sampled,
                 s_page, D, DP, P, BN, SAMPLED, ORDER, ALIBI, WINDOW, STAGES,
@@ -227,9 +256,9 @@ def prefill_thresholds_kernel(
             first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
             listed = append_masked(lists, 0, first, whole * each, after * each, stop, BC)
             b_zero = tl.zeros([BM, 4], tl.float32)
-            b_mass, b_power = add_masked(
-                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, 0, listed, s_page,
-                D, DP, P, BN, ORDER, ALIBI, WINDOW,
+            b_mass, b_power, _ = add_masked(
+                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, 0, listed,
+                s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
             )  # fmt: skip
             b_mass, b_power = add_spaced(
                 rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
@@ -237,10 +266,9 @@ def prefill_thresholds_kernel(
             )  # fmt: skip
             start = whole * each
             units = (after - whole) * each
-            masked = listed
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
             unfinished = raise_bound(
-                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + masked) * UNIT,
+                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + listed) * UNIT,
                 excess_mass, ORDER,
             )  # fmt: skip
             while unfinished > 0:
@@ -249,19 +277,19 @@ def prefill_thresholds_kernel(
                 listed = append_masked(lists, kept, first, start, start + units, stop, BC)
                 b_tau = tl.load(p_tau + o_row)
                 full = kept // each
-                b_mass, b_power = add_masked(
-                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
-                    s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                b_mass, b_power, b_quads = add_masked(
+                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, full,
+                    listed, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
                 )  # fmt: skip
-                b_mass, b_power = add_listed(
-                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
+                b_mass, b_power, b_quads = add_listed(
+                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_quads, full,
                     D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
                 kept = keep_flagged(
                     lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
                 )
                 unfinished = raise_bound(
-                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + masked) * UNIT,
+                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, 4.0 * tl.sum(b_quads, 1),
                     excess_mass, ORDER,
                 )  # fmt: skip
             tl.debug_barrier()

@@ -138,6 +138,11 @@ def load_tile(
         b_slope = tl.load(p_slopes + o_head, mask=m_row, other=0.0) * b_factor
     o_query = ((token + o_q).to(tl.int64) * s_query_t + o_head * s_query_h)[:, None] + o_d[None, :]
     b_q = tl.load(p_query + o_query, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    if (b_q.dtype != tl.float32) & (DP <= 128):
+        # The result of a product stays in registers, where a product reads it faster than from
+        # shared memory.
+        b_one = (o_d[:, None] == o_d[None, :]).to(b_q.dtype)
+        b_q = tl.dot(b_q, b_one).to(b_q.dtype)
     rows = (
         b_q, b_factor * scale, b_slope, b_exponent, position + o_q, position, count, lowest,
         window,
@@ -183,22 +188,8 @@ def partial_sums(b_x, parts: tl.constexpr):
 
 
 @triton.jit
-def flag_units(b_part):
-    """The units of a key tile that have a positive part or NaN, as bits, [BM / 16, 8, 4] int32.
-
-    Of the sixteen rows that wgmma gives to a warp, those eight apart are in the same thread.
-    """
-    BM: tl.constexpr = b_part.shape[0]
-    parts: tl.constexpr = b_part.shape[1]
-    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, parts, 4]), 1)
-    o_bit = tl.arange(0, parts)[None, None, :, None]
-    return tl.sum((~(b_any <= 0.0)).to(tl.int32) << o_bit, 2)
-
-
-@triton.jit
 def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
-    """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), [BM, 4]
-    each as `partial_sums`, and `flag_units` of it."""
+    """Of x = max(z - tau, 0): x ** b, NaN for a NaN, and x ** (b - 1), as `partial_sums` of units."""
     b_x = tl.maximum(b_z - b_tau[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
         # Sums of powers up to 2 ** 80 are finite. Scores that are clipped have a lower threshold,
@@ -207,10 +198,22 @@ def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
         b_x = tl.minimum(b_x, b_most, propagate_nan=tl.PropagateNan.ALL)
     b_weight, b_power = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
     units: tl.constexpr = b_x.shape[1] // UNIT
-    b_weight, b_power = partial_sums(b_weight, units), partial_sums(b_power, units)
+    return partial_sums(b_weight, units), partial_sums(b_power, units)
+
+
+@triton.jit
+def flag_units(b_mass, b_power, ORDER: tl.constexpr):
+    """The units of a key tile that have mass or NaN in any row, as bits, [BM / 16, 8, 4] int32.
+
+    Of the sixteen rows that wgmma gives to a warp, those eight apart are in the same thread.
+    """
     # Powers of two are NaN for a NaN themselves.
-    b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power)
-    return tl.sum(b_weight, 1), tl.sum(b_power, 1), b_flags
+    b_part = b_power if ORDER == 2 else b_mass + b_power
+    BM: tl.constexpr = b_part.shape[0]
+    units: tl.constexpr = b_part.shape[1]
+    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, units, 4]), 1)
+    o_bit = tl.arange(0, units)[None, None, :, None]
+    return tl.sum((~(b_any <= 0.0)).to(tl.int32) << o_bit, 2)
 
 
 @triton.jit
