@@ -10,10 +10,10 @@ then those at the edge of the window and at the diagonal.
 import triton
 import triton.language as tl
 
-from .prefill_tiles import UNIT, load_rows, row_offsets, score
+from .prefill_tiles import UNIT, row_offsets
 
-# Its positions are past those of any query.
-NO_UNIT = tl.constexpr(1 << 26)
+# A position that no row sees.
+PAST = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -49,52 +49,47 @@ def keep_flagged(
 
 
 @triton.jit
-def append_masked(lists, kept, first, whole, after, stop, BC: tl.constexpr):
-    """Lists units [first, whole) and [after, stop) behind those kept; returns how many are listed."""
-    p_units, _ = lists
+def append_masked(
+    lists, kept, p_table, edges, s_page, D: tl.constexpr, P: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Lists units [first, whole) and [after, stop) behind those kept; returns how many are listed.
+
+    edges: first, whole, after, stop.
+    """
+    p_units, p_offsets = lists
+    first, whole, after, stop = edges
     o_c = tl.arange(0, BC)
     edge = whole - first
     count = edge + stop - after
     for i_c in tl.range(0, count, BC, num_stages=1):
         o_e = i_c + o_c
         b_unit = tl.where(o_e < edge, first + o_e, after + o_e - edge)
+        b_offset = row_offsets(p_table, b_unit * UNIT, o_e < count, s_page, D, P)
         tl.store(p_units + kept + o_e, b_unit, mask=o_e < count)
+        tl.store(p_offsets + kept + o_e, b_offset, mask=o_e < count)
     tl.debug_barrier()
     return kept + count
 
 
 @triton.jit
-def masked_keys(p_units, i_t, listed, BN: tl.constexpr):
-    """Positions [BN] of a listed key tile; past the list those that no row sees."""
-    o_e = i_t * (BN // UNIT) + tl.arange(0, BN // UNIT)
-    b_unit = tl.load(p_units + o_e, mask=o_e < listed, other=NO_UNIT)
+def listed_count(listed, edges, stop):
+    """Listed keys up to position `stop`, in the last unit."""
+    return (listed - edges[3]) * UNIT + stop
+
+
+@triton.jit
+def listed_keys(p_units, i_t, BN: tl.constexpr):
+    """Positions [BN] of a listed key tile; anything past the list."""
+    b_unit = tl.load(p_units + i_t * (BN // UNIT) + tl.arange(0, BN // UNIT))
     return tl.reshape(b_unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :], [BN])
 
 
 @triton.jit
-def masked_scores(
-    rows, b_base, p_key, p_table, o_key, s_page, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Scores of any keys, where their rows are, and which of them some row may see."""
-    position, count, lowest = rows[5], rows[6], rows[7]
-    # Slots that hold no token of the sequence may hold anything, even NaN.
-    m_key = (o_key >= lowest) & (o_key < position + count)
-    b_offset = row_offsets(p_table, o_key, m_key, s_page, D, P)
-    b_k = load_rows(p_key, b_offset, m_key, tl.arange(0, DP), D, MASKED=True)
-    return score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True), b_offset, m_key
-
-
-@triton.jit
-def next_rows(lists, i_t, count, BN: tl.constexpr, ALIBI: tl.constexpr):
-    """Offsets of the rows of a listed key tile, and with ALiBi their positions."""
-    p_units, p_offsets = lists
+def listed_rows(p_offsets, i_t, keys, BN: tl.constexpr):
+    """Where the rows of a listed key tile start, by units; 0 from `keys` on."""
     o_n = tl.arange(0, BN)
-    o_e = i_t * (BN // UNIT) + o_n // UNIT
-    m_e = i_t + tl.zeros_like(o_n) < count
+    b_offset = tl.load(
+        p_offsets + i_t * (BN // UNIT) + o_n // UNIT, mask=i_t * BN + o_n < keys, other=0
+    )
     # Without the hint rows are loaded element by element.
-    b_offset = tl.multiple_of(tl.load(p_offsets + o_e, mask=m_e, other=0), 16)
-    o_key = o_n
-    if ALIBI:
-        o_key = tl.load(p_units + o_e, mask=m_e, other=0) * UNIT
-    return b_offset, o_key
+    return tl.multiple_of(b_offset, 16)

@@ -13,18 +13,29 @@ import triton
 import triton.language as tl
 
 from .entmax import newton_step
-from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
+from .prefill_lists import (
+    PAST,
+    append_masked,
+    keep_flagged,
+    listed_count,
+    listed_keys,
+    listed_rows,
+)
 from .prefill_tiles import (
     UNIT,
+    above,
     any_flag,
     flag_units,
     key_tiles,
     load_rows,
     load_tile,
     moments,
+    row_offsets,
     score,
+    seen_keys,
     spaced_offsets,
     spaced_pages,
+    visible,
 )
 
 # Newton steps from the last keys alone, whose scores are in registers.
@@ -40,103 +51,122 @@ def recent_scores(
     """Scores of tile i_t of the last TILES * BN keys that the tile of queries sees."""
     position, count, lowest = rows[5], rows[6], rows[7]
     first = tl.maximum(position + count - TILES * BN, lowest) + i_t * BN
-    b_z, _, _ = masked_scores(
-        rows, b_base, p_key, p_table, first + tl.arange(0, BN), s_page, D, DP, P, ALIBI, WINDOW
-    )
-    return b_z
+    o_key = first + tl.arange(0, BN)
+    m_key = o_key < position + count
+    b_k = load_rows(p_key, row_offsets(p_table, o_key, m_key, s_page, D, P), m_key, D, DP)
+    b_z = score(rows, b_base, b_k, o_key, ALIBI)
+    return tl.where(visible(rows, o_key, WINDOW), b_z, -float("inf"))
 
 
 @triton.jit
 def tile_sums(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
     """`moments` of all units together, [BM, 4] each."""
-    b_mass, b_power = moments(b_z, b_tau, b_exponent, ORDER)
+    b_mass, b_power = moments(above(b_z, b_tau), b_exponent, ORDER)
     return tl.sum(b_mass, 1), tl.sum(b_power, 1)
 
 
 @triton.jit
-def add_spaced(
-    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, first, count, s_page,
+def add_sample(
+    rows, b_base, p_key, p_table, b_tau, b_mass, b_power, first, count, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SPACE: tl.constexpr,
-    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds the moments of `count` tiles of keys, SPACE positions apart, from the multiple `first`
-    of BN on. Of neighbouring keys the units with a score above the bound are flagged."""
-    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
-    each: tl.constexpr = BN // UNIT.value
-    b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
+    of BN on, which all rows see."""
+    o_n = tl.arange(0, BN)
+    stop = first + count * BN * SPACE
     # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
     # would take the stages of the pipeline.
-    b_next = spaced_pages(p_table, first, 0, count, BN, SPACE, P)
+    b_next = spaced_pages(p_table, first, 0, stop, BN, SPACE, P)
     for i_t in tl.range(0, count, num_stages=STAGES):
         o_key, b_page = first + (i_t * BN + o_n) * SPACE, b_next
-        b_next = spaced_pages(p_table, first, i_t + 1, count, BN, SPACE, P)
+        b_next = spaced_pages(p_table, first, i_t + 1, stop, BN, SPACE, P)
         b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
-        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
-        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
+        m_key = o_n * SPACE < stop - first - i_t * (BN * SPACE)
+        b_k = load_rows(p_key, b_offset, m_key, D, DP)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI)
+        b_tile_mass, b_tile_power = tile_sums(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+    return b_mass, b_power
+
+
+@triton.jit
+def add_all(
+    rows, b_base, p_key, p_table, p_words, b_tau, tiles, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Moments of all key tiles, [BM, 4] each. Of those that every row sees whole the units with a
+    score above the bound are flagged; the loads as in `add_sample`."""
+    first, whole, after, last = tiles
+    o_n = tl.arange(0, BN)
+    each: tl.constexpr = BN // UNIT.value
+    b_mass = tl.zeros([rows[0].shape[0], 4], tl.float32)
+    b_power = tl.zeros([rows[0].shape[0], 4], tl.float32)
+    b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
+    start, stop = first * BN, rows[5] + rows[6]
+    b_next = spaced_pages(p_table, start, 0, stop, BN, 1, P)
+    for i_t in tl.range(0, last - first, num_stages=STAGES):
+        o_key, b_page = start + i_t * BN + o_n, b_next
+        b_next = spaced_pages(p_table, start, i_t + 1, stop, BN, 1, P)
+        b_offset = spaced_offsets(b_page, o_key, s_page, BN, 1, D, P)
+        m_key = seen_keys(start + i_t * BN, rows[7], stop, BN, WINDOW)
+        b_k = load_rows(p_key, b_offset, m_key, D, DP)
+        b_x = above(score(rows, b_base, b_k, o_key, ALIBI), b_tau)
+        edge = (first + i_t >= after) | (first + i_t < whole)
+        if edge:
+            b_x = tl.where(visible(rows, o_key, WINDOW), b_x, 0.0)
+        b_unit_mass, b_unit_power = moments(b_x, rows[3], ORDER)
         b_mass += tl.sum(b_unit_mass, 1)
         b_power += tl.sum(b_unit_power, 1)
-        if SPACE == 1:
-            b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
-            b_flags |= b_tile_flags << (i_t % (32 // each) * each)
-            complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
-            if complete:
-                tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
-            b_flags = tl.where(complete, 0, b_flags)
+        b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
+        b_flags |= tl.where(edge, 0, b_tile_flags) << (i_t % (32 // each) * each)
+        complete = ((i_t + 1) % (32 // each) == 0) | (i_t == last - first - 1)
+        if complete:
+            tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
+        b_flags = tl.where(complete, 0, b_flags)
     return b_mass, b_power
 
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, b_quads, count,
+    rows, b_base, p_key, lists, p_words, b_tau, whole, keys,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`.
-
-    b_quads: [BM, 4], how many fours of keys have one above the bound, for alpha 1.5.
-    """
-    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
+    """Moments of the `keys` listed keys, [BM, 4] each, and for alpha 1.5 how many fours of keys
+    have one above the bound. Units of the first `whole` tiles, which need no masks, are flagged."""
+    p_units, p_offsets = lists
+    o_n = tl.arange(0, BN)
     each: tl.constexpr = BN // UNIT.value
+    b_mass = tl.zeros([rows[0].shape[0], 4], tl.float32)
+    b_power = tl.zeros([rows[0].shape[0], 4], tl.float32)
+    b_fours = tl.zeros([rows[0].shape[0], 4], tl.float32)
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
-    b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
+    count = tl.cdiv(keys, BN)
+    b_next = listed_rows(p_offsets, 0, keys, BN)
     for i_t in tl.range(0, count, num_stages=STAGES):
-        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
-        b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
-        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
-        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
+        b_offset, o_key = b_next + o_n % UNIT * D, o_n
+        b_next = listed_rows(p_offsets, i_t + 1, keys, BN)
+        b_k = load_rows(p_key, b_offset, o_n < keys - i_t * BN, D, DP)
+        if ALIBI:
+            o_key = listed_keys(p_units, i_t, BN)
+        b_x = above(score(rows, b_base, b_k, o_key, ALIBI), b_tau)
+        if i_t >= whole:
+            o_edge = tl.where(o_n < keys - i_t * BN, listed_keys(p_units, i_t, BN), PAST)
+            b_x = tl.where(visible(rows, o_edge, WINDOW), b_x, 0.0)
+        b_unit_mass, b_unit_power = moments(b_x, rows[3], ORDER)
         b_mass += tl.sum(b_unit_mass, 1)
         b_power += tl.sum(b_unit_power, 1)
         if ORDER == 2:
-            b_quads += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
-        b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
-        b_flags |= b_tile_flags << (i_t % (32 // each) * each)
+            b_fours += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
+        b_flags |= flag_units(b_unit_mass, b_unit_power, ORDER) << (i_t % (32 // each) * each)
         complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
         if complete:
             tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
         b_flags = tl.where(complete, 0, b_flags)
-    return b_mass, b_power, b_quads
-
-
-@triton.jit
-def add_masked(
-    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, b_quads, start, listed, s_page,
-    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Adds those of the listed key tiles from `start` on, with masks."""
-    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
-        o_key = masked_keys(p_units, i_t, listed, BN)
-        b_z, _, _ = masked_scores(
-            rows, b_base, p_key, p_table, o_key, s_page, D, DP, P, ALIBI, WINDOW
-        )
-        b_unit_mass, b_unit_power = moments(b_z, b_tau, rows[3], ORDER)
-        b_mass += tl.sum(b_unit_mass, 1)
-        b_power += tl.sum(b_unit_power, 1)
-        if ORDER == 2:
-            b_quads += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
-    return b_mass, b_power, b_quads
+    return b_mass, b_power, b_fours
 
 
 @triton.jit
@@ -245,53 +275,47 @@ def prefill_thresholds_kernel(
                     )
                 b_mass, b_power = tile_sums(b_z, b_tau, b_exponent, ORDER)
 
-            first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
+            tiles = key_tiles(position, count, lowest, window, BN, WINDOW)
+            first, whole, after, last = tiles
             sampled = (position + count - recent * BN - whole * BN) // (BN * SAMPLED)
-            b_mass, b_power = add_spaced(
-                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN, sampled,
-                s_page, D, DP, P, BN, SAMPLED, ORDER, ALIBI, WINDOW, STAGES,
+            b_mass, b_power = add_sample(
+                rows, b_base, p_k, p_table, b_tau, b_mass, b_power, whole * BN, sampled, s_page,
+                D, DP, P, BN, SAMPLED, ORDER, ALIBI, STAGES,
             )  # fmt: skip
             b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
 
-            first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
-            listed = append_masked(lists, 0, first, whole * each, after * each, stop, BC)
-            b_zero = tl.zeros([BM, 4], tl.float32)
-            b_mass, b_power, _ = add_masked(
-                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, 0, listed,
-                s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+            b_mass, b_power = add_all(
+                rows, b_base, p_k, p_table, p_word, b_tau, tiles, s_page,
+                D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
-            b_mass, b_power = add_spaced(
-                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
-                after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
-            )  # fmt: skip
-            start = whole * each
-            units = (after - whole) * each
+            start, units = first * each, (last - first) * each
+            edges = lowest // UNIT, whole * each, after * each, (position + count - 1) // UNIT + 1
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
+            listed = append_masked(lists, kept, p_table, edges, s_page, D, P, BC)
             unfinished = raise_bound(
-                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, (kept + listed) * UNIT,
-                excess_mass, ORDER,
-            )  # fmt: skip
+                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, listed * UNIT, excess_mass, ORDER
+            )
+            # Stored by other threads than will load it.
+            tl.debug_barrier()
             while unfinished > 0:
                 # Bounds wait in memory: rows that are carried around this loop would be converted
                 # between layouts in the loops inside it.
-                listed = append_masked(lists, kept, first, start, start + units, stop, BC)
                 b_tau = tl.load(p_tau + o_row)
                 full = kept // each
-                b_mass, b_power, b_quads = add_masked(
-                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, full,
-                    listed, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
-                )  # fmt: skip
-                b_mass, b_power, b_quads = add_listed(
-                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_quads, full,
+                b_mass, b_power, b_fours = add_listed(
+                    rows, b_base, p_k, lists, p_word, b_tau, full,
+                    listed_count(listed, edges, position + count),
                     D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
                 kept = keep_flagged(
                     lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
                 )
+                listed = append_masked(lists, kept, p_table, edges, s_page, D, P, BC)
                 unfinished = raise_bound(
-                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, 4.0 * tl.sum(b_quads, 1),
+                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, 4.0 * tl.sum(b_fours, 1),
                     excess_mass, ORDER,
                 )  # fmt: skip
+                tl.debug_barrier()
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
         # The list is the next tile's now.
