@@ -24,8 +24,6 @@ from entmaxkv_kernels.triton import prefill_workspace_size
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE, ALPHA = 32, 8, 128, 16, 1.5
 GROUP, BLOCK = QUERY_HEADS // KV_HEADS, 64
 SCALE = HEAD_SIZE**-0.5
-PAUSE = 2_000_000
-"""Cycles before each timed call, about a millisecond: a serving engine launches ahead, too."""
 
 
 def make_inputs(context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,7 +135,7 @@ def measure(context: int, wanted: float, adasplash: bool, repeats: int) -> dict[
 
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (query, key, value))
         arms["adasplash"] = lambda: adasplash_attention(q, k, v, alpha=ALPHA, is_causal=True)
-    times = alternate(arms, repeats, warm_up=2, pause=PAUSE)
+    times = alternate(arms, repeats, warm_up=2)
     us = {name: statistics.median(values) for name, values in times.items()}
     worst = 0.0
     for head, block in ((0, 0), (13, context // BLOCK // 2), (31, context // BLOCK - 1)):

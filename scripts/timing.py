@@ -28,20 +28,12 @@ def graph_of(steps: list[Step]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def alternate(
-    arms: dict[str, Step], repeats: int, warm_up: int = 3, pause: int = 0
-) -> dict[str, list[float]]:
-    """Microseconds of each arm, one value per call; calls take turns.
-
-    pause: cycles that the GPU waits before each call, so that what the host takes to launch it is
-        over before the time starts.
-    """
+def alternate(arms: dict[str, Step], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Microseconds of each arm, one value per call; calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + warm_up):
         for name, step in arms.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if pause:
-                torch.cuda._sleep(pause)
             start.record()
             step()
             end.record()

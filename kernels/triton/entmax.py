@@ -65,19 +65,13 @@ def weigh(b_x, b_exponent, ORDER: tl.constexpr):
 
 
 @triton.jit
-def weigh_excess(b_x, b_exponent, ORDER: tl.constexpr):
-    """b_x ** b for b_x >= 0; NaN for a NaN."""
+def weigh_scores(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
+    """Weights of scores; that of a NaN is NaN."""
+    b_x = tl.maximum(b_z - b_tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
     b_weight = weigh(b_x, b_exponent, ORDER)
     if ORDER == 0:
         b_weight = tl.where(b_x == b_x, b_weight, b_x)
     return b_weight
-
-
-@triton.jit
-def weigh_scores(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
-    """Weights of scores; that of a NaN is NaN."""
-    b_x = tl.maximum(b_z - b_tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return weigh_excess(b_x, b_exponent, ORDER)
 
 
 @triton.jit

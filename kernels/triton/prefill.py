@@ -16,13 +16,13 @@ from .prefill_values import prefill_values_kernel
 from .workspace import processors
 
 EXCESS_MASS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Mass above one from which a Newton step is exact to the precision of the weights."""
+"""Mass above one that is within the precision of the weights, which are divided by their sum."""
 
 SAMPLED = 16
-"""Of so many keys one is in the sample that gives the first bound, the first key of all among them."""
+"""Of so many keys one is in the sample that gives the first bound, the first of all among them."""
 
 _ALIGNMENT = 256
-_LISTED = 512
+_LISTED = 1024
 """Key units that a program lists or filters at a time."""
 _WAVES = 16
 """Tiles of all KV heads that the two kernels divide up at a time, for each program that runs."""
@@ -57,7 +57,7 @@ def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
     if padded_head_size == 256:
         return Tiles(64, 64, 4, 2, 2, 64, 8, 1, 1)
     # Small enough that two programs run at a time, one of which multiplies while the other adds.
-    return Tiles(128, 64, 8, 4, 2, 64, 8, 3, 1, registers=128)
+    return Tiles(128, 128, 8, 2, 2, 64, 8, 3, 1, registers=128)
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def prefill_workspace_size(
 ) -> int:
     """Bytes of a workspace with which every prefill of sequences up to max_tokens is fast.
 
-    It does not grow with the number of queries, which are worked on in portions: 30 MB on an H200
-    for 2**20 tokens and bf16 heads of 128. A smaller one gives the same results in more portions.
+    It does not grow with the number of queries, which are worked on in portions: 32 MB on an H200
+    for 2**17 tokens and bf16 heads of 128, 244 MB for 2**20. A smaller one gives the same results
+    with fewer programs or in more portions.
 
     dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take more.
     max_tokens: columns of the block table times page_size.
@@ -226,6 +227,7 @@ def prefill(
             size = division.good_size(query.device, tile_count)
             workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
         programs, slab = division.divide(workspace.numel(), tile_count, query.device)
+        order = int(b) if not per_head and b in (1, 2, 3) else 0
         entries, pairs = division.entries, slab * kv_heads
         sizes = [_ALIGNMENT, programs * 8 * entries, programs * 4 * entries]
         sizes += [pairs * rows * 4, pairs * rows * 4 * base, pairs * entries // 8]
@@ -243,14 +245,15 @@ def prefill(
             "excess_mass": EXCESS_MASS[query.dtype],
             "FLAGGED_BN": tiles.keys,
             "BC": _LISTED,
-            "ORDER": int(b) if not per_head and b in (1, 2, 3) else 0,
+            "ORDER": order,
         }
         thresholds = options | {
             "BN": tiles.keys,
             "STAGES": tiles.stages,
             "SAMPLED": SAMPLED,
             "num_warps": tiles.warps,
-            "maxnreg": tiles.registers,
+            # Powers of any exponent need more.
+            "maxnreg": tiles.registers if order else None,
         }
         for first in range(0, tile_count, slab):
             tickets.zero_()

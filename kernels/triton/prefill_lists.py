@@ -10,10 +10,7 @@ then those at the edge of the window and at the diagonal.
 import triton
 import triton.language as tl
 
-from .prefill_tiles import UNIT, row_offsets
-
-# A position that no row sees.
-PAST = tl.constexpr(1 << 30)
+from .prefill_tiles import UNIT, load_rows, row_offsets, score
 
 
 @triton.jit
@@ -49,47 +46,54 @@ def keep_flagged(
 
 
 @triton.jit
-def append_masked(
-    lists, kept, p_table, edges, s_page, D: tl.constexpr, P: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """Lists units [first, whole) and [after, stop) behind those kept; returns how many are listed.
-
-    edges: first, whole, after, stop.
-    """
-    p_units, p_offsets = lists
-    first, whole, after, stop = edges
+def append_masked(lists, kept, first, whole, after, stop, BC: tl.constexpr):
+    """Lists units [first, whole) and [after, stop) behind those kept; returns how many are listed
+    now."""
+    p_units, _ = lists
     o_c = tl.arange(0, BC)
     edge = whole - first
     count = edge + stop - after
     for i_c in tl.range(0, count, BC, num_stages=1):
         o_e = i_c + o_c
         b_unit = tl.where(o_e < edge, first + o_e, after + o_e - edge)
-        b_offset = row_offsets(p_table, b_unit * UNIT, o_e < count, s_page, D, P)
         tl.store(p_units + kept + o_e, b_unit, mask=o_e < count)
-        tl.store(p_offsets + kept + o_e, b_offset, mask=o_e < count)
     tl.debug_barrier()
     return kept + count
 
 
 @triton.jit
-def listed_count(listed, edges, stop):
-    """Listed keys up to position `stop`, in the last unit."""
-    return (listed - edges[3]) * UNIT + stop
-
-
-@triton.jit
-def listed_keys(p_units, i_t, BN: tl.constexpr):
-    """Positions [BN] of a listed key tile; anything past the list."""
-    b_unit = tl.load(p_units + i_t * (BN // UNIT) + tl.arange(0, BN // UNIT))
-    return tl.reshape(b_unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :], [BN])
-
-
-@triton.jit
-def listed_rows(p_offsets, i_t, keys, BN: tl.constexpr):
-    """Where the rows of a listed key tile start, by units; 0 from `keys` on."""
+def masked_keys(rows, p_units, i_t, listed, BN: tl.constexpr):
+    """Positions [BN] of a listed key tile, and which of them are of the sequence."""
+    position, count, lowest = rows[5], rows[6], rows[7]
     o_n = tl.arange(0, BN)
-    b_offset = tl.load(
-        p_offsets + i_t * (BN // UNIT) + o_n // UNIT, mask=i_t * BN + o_n < keys, other=0
-    )
+    o_e = i_t * (BN // UNIT) + o_n // UNIT
+    o_key = tl.load(p_units + o_e, mask=o_e < listed, other=0) * UNIT + o_n % UNIT
+    m_key = (o_e < listed) & (o_key >= lowest) & (o_key < position + count)
+    return tl.where(m_key, o_key, position + count), m_key  # one that no row sees
+
+
+@triton.jit
+def masked_scores(
+    rows, b_base, p_key, p_table, o_key, m_key, s_page, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Scores of any keys, and where their rows are."""
+    # Slots that hold no token of the sequence may hold anything, even NaN.
+    b_offset = row_offsets(p_table, o_key, m_key, s_page, D, P)
+    b_k = load_rows(p_key, b_offset, m_key, tl.arange(0, DP), D, MASKED=True)
+    return score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True), b_offset
+
+
+@triton.jit
+def next_rows(lists, i_t, count, BN: tl.constexpr, ALIBI: tl.constexpr):
+    """Offsets of the rows of a listed key tile, and with ALiBi their positions."""
+    p_units, p_offsets = lists
+    o_n = tl.arange(0, BN)
+    o_e = i_t * (BN // UNIT) + o_n // UNIT
+    m_e = i_t + tl.zeros_like(o_n) < count
     # Without the hint rows are loaded element by element.
-    return tl.multiple_of(b_offset, 16)
+    b_offset = tl.multiple_of(tl.load(p_offsets + o_e, mask=m_e, other=0), 16)
+    o_key = o_n
+    if ALIBI:
+        o_key = tl.load(p_units + o_e, mask=m_e, other=0) * UNIT
+    return b_offset, o_key

@@ -10,12 +10,11 @@ from .prefill_tiles import (
     find_tile,
     key_tiles,
     load_rows,
+    row_offsets,
     score,
-    seen_keys,
     spaced_offsets,
     spaced_pages,
     tile_bounds,
-    visible,
 )
 
 
@@ -86,23 +85,30 @@ def prefill_softmax_kernel(
     p_k = p_key + i_h.to(tl.int64) * s_head
     p_v = p_value + i_h.to(tl.int64) * s_head
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
-    first, whole, after, last = key_tiles(position, count, lowest, window, BN, WINDOW)
+    first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
 
     b_maximum = tl.full([BM], -float("inf"), tl.float32)
     b_total, b_acc = tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
-    start, stop = first * BN, position + count
-    b_next = spaced_pages(p_table, start, 0, stop, BN, 1, P)
-    for i_t in tl.range(0, last - first, num_stages=STAGES):
+    start, count_whole = whole * BN, after - whole
+    b_next = spaced_pages(p_table, start, 0, count_whole, BN, 1, P)
+    for i_t in tl.range(0, count_whole, num_stages=STAGES):
         o_key, b_page = start + i_t * BN + o_n, b_next
-        # Loaded an iteration ahead: see `add_sample`.
-        b_next = spaced_pages(p_table, start, i_t + 1, stop, BN, 1, P)
+        # Loaded an iteration ahead: see `add_spaced`.
+        b_next = spaced_pages(p_table, start, i_t + 1, count_whole, BN, 1, P)
         b_offset = spaced_offsets(b_page, o_key, s_page, BN, 1, D, P)
-        m_key = seen_keys(start + i_t * BN, lowest, stop, BN, WINDOW)
-        b_k = load_rows(p_k, b_offset, m_key, D, DP)
-        b_v = load_rows(p_v, b_offset, m_key, D, DP).to(b_q.dtype)
-        b_z = score(rows, b_base, b_k, o_key, ALIBI)
-        if (first + i_t < whole) | (first + i_t >= after):
-            b_z = tl.where(visible(rows, o_key, WINDOW), b_z, -float("inf"))
+        b_k = load_rows(p_k, b_offset, o_n, o_d, D, MASKED=False)
+        b_v = load_rows(p_v, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_v = b_v.to(b_q.dtype)
+        b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
+    for i_t in tl.range(first, stop - (after - whole), num_stages=1):
+        o_key = tl.where(i_t < whole, i_t, i_t + after - whole) * BN + o_n
+        m_key = (o_key >= lowest) & (o_key < position + count)
+        b_offset = row_offsets(p_table, o_key, m_key, s_page, D, P)
+        b_k = load_rows(p_k, b_offset, m_key, o_d, D, MASKED=True)
+        b_v = load_rows(p_v, b_offset, m_key, o_d, D, MASKED=True)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True)
+        b_v = b_v.to(b_q.dtype)
         b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
 
     o_out = (o_token * s_out_t + o_head * s_out_h)[:, None] + o_d[None, :]

@@ -13,29 +13,17 @@ import triton
 import triton.language as tl
 
 from .entmax import newton_step
-from .prefill_lists import (
-    PAST,
-    append_masked,
-    keep_flagged,
-    listed_count,
-    listed_keys,
-    listed_rows,
-)
+from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
 from .prefill_tiles import (
     UNIT,
-    above,
     any_flag,
-    flag_units,
     key_tiles,
     load_rows,
     load_tile,
     moments,
-    row_offsets,
     score,
-    seen_keys,
     spaced_offsets,
     spaced_pages,
-    visible,
 )
 
 # Newton steps from the last keys alone, whose scores are in registers.
@@ -45,147 +33,95 @@ LEAST = tl.constexpr(-3e38)
 
 @triton.jit
 def recent_scores(
-    rows, b_base, p_key, p_table, s_page, i_t, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
-    BN: tl.constexpr, TILES: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    rows, b_base, p_key, p_table, s_page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    BN: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Scores of tile i_t of the last TILES * BN keys that the tile of queries sees."""
+    """Scores of the last BN keys that the tile sees, of which every row sees one."""
     position, count, lowest = rows[5], rows[6], rows[7]
-    first = tl.maximum(position + count - TILES * BN, lowest) + i_t * BN
-    o_key = first + tl.arange(0, BN)
-    m_key = o_key < position + count
-    b_k = load_rows(p_key, row_offsets(p_table, o_key, m_key, s_page, D, P), m_key, D, DP)
-    b_z = score(rows, b_base, b_k, o_key, ALIBI)
-    return tl.where(visible(rows, o_key, WINDOW), b_z, -float("inf"))
+    o_key = position + count - BN + tl.arange(0, BN)
+    m_key = o_key >= lowest
+    o_key = tl.where(m_key, o_key, position + count)  # one that no row sees
+    b_z, _ = masked_scores(
+        rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+    )
+    return b_z
 
 
 @triton.jit
-def tile_sums(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
-    """`moments` of all units together, [BM, 4] each."""
-    b_mass, b_power = moments(above(b_z, b_tau), b_exponent, ORDER)
-    return tl.sum(b_mass, 1), tl.sum(b_power, 1)
-
-
-@triton.jit
-def add_sample(
-    rows, b_base, p_key, p_table, b_tau, b_mass, b_power, first, count, s_page,
+def add_spaced(
+    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, first, count, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SPACE: tl.constexpr,
-    ORDER: tl.constexpr, ALIBI: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Adds the moments of `count` tiles of keys, SPACE positions apart, from the multiple `first`
-    of BN on, which all rows see."""
-    o_n = tl.arange(0, BN)
-    stop = first + count * BN * SPACE
-    # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
-    # would take the stages of the pipeline.
-    b_next = spaced_pages(p_table, first, 0, stop, BN, SPACE, P)
-    for i_t in tl.range(0, count, num_stages=STAGES):
-        o_key, b_page = first + (i_t * BN + o_n) * SPACE, b_next
-        b_next = spaced_pages(p_table, first, i_t + 1, stop, BN, SPACE, P)
-        b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
-        m_key = o_n * SPACE < stop - first - i_t * (BN * SPACE)
-        b_k = load_rows(p_key, b_offset, m_key, D, DP)
-        b_z = score(rows, b_base, b_k, o_key, ALIBI)
-        b_tile_mass, b_tile_power = tile_sums(b_z, b_tau, rows[3], ORDER)
-        b_mass += b_tile_mass
-        b_power += b_tile_power
-    return b_mass, b_power
-
-
-@triton.jit
-def add_all(
-    rows, b_base, p_key, p_table, p_words, b_tau, tiles, s_page,
-    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Moments of all key tiles, [BM, 4] each. Of those that every row sees whole the units with a
-    score above the bound are flagged; the loads as in `add_sample`."""
-    first, whole, after, last = tiles
-    o_n = tl.arange(0, BN)
+    """Adds the moments of `count` tiles of keys, SPACE positions apart, from the multiple `first`
+    of BN on. Of neighbouring keys the units with a score above the bound are flagged."""
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     each: tl.constexpr = BN // UNIT.value
-    b_mass = tl.zeros([rows[0].shape[0], 4], tl.float32)
-    b_power = tl.zeros([rows[0].shape[0], 4], tl.float32)
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
-    start, stop = first * BN, rows[5] + rows[6]
-    b_next = spaced_pages(p_table, start, 0, stop, BN, 1, P)
-    for i_t in tl.range(0, last - first, num_stages=STAGES):
-        o_key, b_page = start + i_t * BN + o_n, b_next
-        b_next = spaced_pages(p_table, start, i_t + 1, stop, BN, 1, P)
-        b_offset = spaced_offsets(b_page, o_key, s_page, BN, 1, D, P)
-        m_key = seen_keys(start + i_t * BN, rows[7], stop, BN, WINDOW)
-        b_k = load_rows(p_key, b_offset, m_key, D, DP)
-        b_x = above(score(rows, b_base, b_k, o_key, ALIBI), b_tau)
-        edge = (first + i_t >= after) | (first + i_t < whole)
-        if edge:
-            b_x = tl.where(visible(rows, o_key, WINDOW), b_x, 0.0)
-        b_unit_mass, b_unit_power = moments(b_x, rows[3], ORDER)
-        b_mass += tl.sum(b_unit_mass, 1)
-        b_power += tl.sum(b_unit_power, 1)
-        b_tile_flags = flag_units(b_unit_mass, b_unit_power, ORDER)
-        b_flags |= tl.where(edge, 0, b_tile_flags) << (i_t % (32 // each) * each)
-        complete = ((i_t + 1) % (32 // each) == 0) | (i_t == last - first - 1)
-        if complete:
-            tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
-        b_flags = tl.where(complete, 0, b_flags)
+    # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
+    # would take the stages of the pipeline.
+    b_next = spaced_pages(p_table, first, 0, count, BN, SPACE, P)
+    for i_t in tl.range(0, count, num_stages=STAGES):
+        o_key, b_page = first + (i_t * BN + o_n) * SPACE, b_next
+        b_next = spaced_pages(p_table, first, i_t + 1, count, BN, SPACE, P)
+        b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
+        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+        if SPACE == 1:
+            b_flags |= b_tile_flags << (i_t % (32 // each) * each)
+            complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
+            if complete:
+                tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
+            b_flags = tl.where(complete, 0, b_flags)
     return b_mass, b_power
 
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, whole, keys,
+    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Moments of the `keys` listed keys, [BM, 4] each, and for alpha 1.5 how many fours of keys
-    have one above the bound. Units of the first `whole` tiles, which need no masks, are flagged."""
-    p_units, p_offsets = lists
-    o_n = tl.arange(0, BN)
+    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`."""
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     each: tl.constexpr = BN // UNIT.value
-    b_mass = tl.zeros([rows[0].shape[0], 4], tl.float32)
-    b_power = tl.zeros([rows[0].shape[0], 4], tl.float32)
-    b_fours = tl.zeros([rows[0].shape[0], 4], tl.float32)
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
-    count = tl.cdiv(keys, BN)
-    b_next = listed_rows(p_offsets, 0, keys, BN)
+    b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
     for i_t in tl.range(0, count, num_stages=STAGES):
-        b_offset, o_key = b_next + o_n % UNIT * D, o_n
-        b_next = listed_rows(p_offsets, i_t + 1, keys, BN)
-        b_k = load_rows(p_key, b_offset, o_n < keys - i_t * BN, D, DP)
-        if ALIBI:
-            o_key = listed_keys(p_units, i_t, BN)
-        b_x = above(score(rows, b_base, b_k, o_key, ALIBI), b_tau)
-        if i_t >= whole:
-            o_edge = tl.where(o_n < keys - i_t * BN, listed_keys(p_units, i_t, BN), PAST)
-            b_x = tl.where(visible(rows, o_edge, WINDOW), b_x, 0.0)
-        b_unit_mass, b_unit_power = moments(b_x, rows[3], ORDER)
-        b_mass += tl.sum(b_unit_mass, 1)
-        b_power += tl.sum(b_unit_power, 1)
-        if ORDER == 2:
-            b_fours += tl.sum((b_unit_power > 0.0).to(tl.float32), 1)
-        b_flags |= flag_units(b_unit_mass, b_unit_power, ORDER) << (i_t % (32 // each) * each)
+        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
+        b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
+        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+        b_flags |= b_tile_flags << (i_t % (32 // each) * each)
         complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
         if complete:
             tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
         b_flags = tl.where(complete, 0, b_flags)
-    return b_mass, b_power, b_fours
+    return b_mass, b_power
 
 
 @triton.jit
-def raise_bound(
-    p_tau, b_tau, b_mass, b_power, b_exponent, keys, excess_mass, ORDER: tl.constexpr
+def add_masked(
+    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, start, listed, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Stores the bounds a Newton step further; returns whether that is not exact for a row.
-
-    keys: how many may be above the bound.
-    """
-    b_mass, b_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
-    b_step = newton_step(b_mass, b_power, 1.0, b_exponent, ORDER)
-    tl.store(p_tau, b_tau + b_step)
-    m_unfinished = (b_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
-    if ORDER == 2:
-        # Of each key above the bound (x - step) ** 2 is at least what is left of its weight.
-        b_left = b_mass - b_step * (2.0 * b_power - b_step * keys)
-        m_unfinished &= b_left > 1.0 + excess_mass
-    return tl.max(m_unfinished.to(tl.int32), 0)
+    """Adds those of the listed key tiles from `start` on, with masks."""
+    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
+        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
+        b_z, _ = masked_scores(
+            rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+        )
+        b_tile_mass, b_tile_power, _ = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+    return b_mass, b_power
 
 
 @triton.jit
@@ -250,72 +186,72 @@ def prefill_thresholds_kernel(
             o_row = (i_h * slab + i_slab).to(tl.int64) * BM + tl.arange(0, BM)
             p_word = p_words + (i_h * slab + i_slab).to(tl.int64) * s_words
 
-            # Every row sees one of the recent keys.
-            recent: tl.constexpr = (BQ + BN - 1) // BN
             b_base = tl.zeros([BM], tl.float32)
+            b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             if rows[0].dtype == tl.float32:
-                b_z = recent_scores(
-                    rows, b_base, p_k, p_table, s_page, 0, D, DP, P, BN, recent, ALIBI, WINDOW
-                )
                 b_peak = tl.max(b_z, 1)
                 b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
                 tl.store(p_base + o_row, b_base)
+                # Once more, that its scores are less the base in one rounding, as all later ones.
+                b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             # No finite bound and no visible key make NaN of their difference.
-            b_tau = tl.where(m_row, LEAST, float("inf"))
-            b_mass, b_power = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32)
-            for i_t in tl.static_range(recent):
-                b_z = recent_scores(
-                    rows, b_base, p_k, p_table, s_page, i_t, D, DP, P, BN, recent, ALIBI, WINDOW
-                )
-                b_tau = tl.maximum(b_tau, tl.max(b_z, 1) - 1.0)
-                for _ in tl.static_range(RECENT_STEPS):
-                    b_mass, b_power = tile_sums(b_z, b_tau, b_exponent, ORDER)
-                    b_tau += newton_step(
-                        tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER
-                    )
-                b_mass, b_power = tile_sums(b_z, b_tau, b_exponent, ORDER)
+            b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
+            b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            for _ in tl.static_range(RECENT_STEPS):
+                b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+                b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
 
-            tiles = key_tiles(position, count, lowest, window, BN, WINDOW)
-            first, whole, after, last = tiles
-            sampled = (position + count - recent * BN - whole * BN) // (BN * SAMPLED)
-            b_mass, b_power = add_sample(
-                rows, b_base, p_k, p_table, b_tau, b_mass, b_power, whole * BN, sampled, s_page,
-                D, DP, P, BN, SAMPLED, ORDER, ALIBI, STAGES,
+            first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
+            sampled = (position + count - BN - whole * BN) // (BN * SAMPLED)
+            b_mass, b_power = add_spaced(
+                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN, sampled,
+                s_page, D, DP, P, BN, SAMPLED, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
             b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
 
-            b_mass, b_power = add_all(
-                rows, b_base, p_k, p_table, p_word, b_tau, tiles, s_page,
-                D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
+            first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
+            listed = append_masked(lists, 0, first, whole * each, after * each, stop, BC)
+            b_zero = tl.zeros([BM, 4], tl.float32)
+            b_mass, b_power = add_masked(
+                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, 0, listed, s_page,
+                D, DP, P, BN, ORDER, ALIBI, WINDOW,
             )  # fmt: skip
-            start, units = first * each, (last - first) * each
-            edges = lowest // UNIT, whole * each, after * each, (position + count - 1) // UNIT + 1
+            b_mass, b_power = add_spaced(
+                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
+                after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
+            )  # fmt: skip
+            start = whole * each
+            units = (after - whole) * each
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
-            listed = append_masked(lists, kept, p_table, edges, s_page, D, P, BC)
-            unfinished = raise_bound(
-                p_tau + o_row, b_tau, b_mass, b_power, b_exponent, listed * UNIT, excess_mass, ORDER
-            )
-            # Stored by other threads than will load it.
-            tl.debug_barrier()
+            edges = start - first + stop - start - units
+            unfinished = 1
             while unfinished > 0:
-                # Bounds wait in memory: rows that are carried around this loop would be converted
-                # between layouts in the loops inside it.
-                b_tau = tl.load(p_tau + o_row)
-                full = kept // each
-                b_mass, b_power, b_fours = add_listed(
-                    rows, b_base, p_k, lists, p_word, b_tau, full,
-                    listed_count(listed, edges, position + count),
-                    D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
-                )  # fmt: skip
-                kept = keep_flagged(
-                    lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
-                )
-                listed = append_masked(lists, kept, p_table, edges, s_page, D, P, BC)
-                unfinished = raise_bound(
-                    p_tau + o_row, b_tau, b_mass, b_power, b_exponent, 4.0 * tl.sum(b_fours, 1),
-                    excess_mass, ORDER,
-                )  # fmt: skip
-                tl.debug_barrier()
+                b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
+                b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+                if ORDER == 2:
+                    # (x - step) ** 2 of each key that may be above the bound is at least what is
+                    # left of its weight: often enough after one step from far more mass.
+                    keys = (kept + edges) * UNIT
+                    b_left = b_row_mass - b_step * (2.0 * b_row_power - b_step * keys)
+                    m_unfinished &= b_left > 1.0 + excess_mass
+                unfinished = tl.max(m_unfinished.to(tl.int32), 0)
+                b_tau += b_step
+                if unfinished > 0:
+                    listed = append_masked(lists, kept, first, start, start + units, stop, BC)
+                    full = kept // each
+                    b_mass, b_power = add_masked(
+                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
+                        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                    )  # fmt: skip
+                    b_mass, b_power = add_listed(
+                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
+                        D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
+                    )  # fmt: skip
+                    kept = keep_flagged(
+                        lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
+                    )
+            tl.store(p_tau + o_row, b_tau)
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
         # The list is the next tile's now.

@@ -77,17 +77,15 @@ def row_offsets(p_table, o_key, m_key, s_page, D: tl.constexpr, P: tl.constexpr)
 
 @triton.jit
 def spaced_pages(
-    p_table, first, i_t, stop, BN: tl.constexpr, SPACE: tl.constexpr, P: tl.constexpr
-):  # fmt: skip
-    """Pages of tile i_t of keys SPACE positions apart from `first` on, a multiple of BN; 0 from
-    position `stop` on."""
+    p_table, first, i_t, count, BN: tl.constexpr, SPACE: tl.constexpr, P: tl.constexpr
+):
+    """Pages of tile i_t of `count` tiles of keys SPACE positions apart."""
     o_n = tl.arange(0, BN)
-    start = first + i_t * (BN * SPACE)
     if BN % P == 0:
         p_page = p_table + first // P + i_t * (BN * SPACE // P) + o_n * SPACE // P
     else:
-        p_page = p_table + (start + o_n * SPACE).to(tl.uint32) // P
-    return tl.load(p_page, mask=o_n * SPACE < stop - start, other=0)
+        p_page = p_table + (first + (i_t * BN + o_n) * SPACE).to(tl.uint32) // P
+    return tl.load(p_page, mask=i_t + tl.zeros_like(o_n) < count, other=0)
 
 
 @triton.jit
@@ -96,34 +94,22 @@ def spaced_offsets(
 ):
     """`row_offsets` of keys of such a tile; where they are in their pages is mostly the same for
     all tiles."""
+    o_in = (o_key.to(tl.uint32) % P).to(tl.int32)
     if BN % P == 0:
         o_in = tl.arange(0, BN) * SPACE % P
-    else:
-        o_in = (o_key.to(tl.uint32) % P).to(tl.int32)
     return page_offsets(b_page, s_page) + o_in * D
 
 
 @triton.jit
-def seen_keys(start, lowest, stop, BN: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of BN positions from `start` on some row may see; pages before the window may be
-    gone."""
-    o_n = tl.arange(0, BN)
-    m_key = o_n < stop - start
-    if WINDOW:
-        m_key &= o_n >= lowest - start
-    return m_key
-
-
-@triton.jit
-def load_rows(p_rows, b_offset, m_key, D: tl.constexpr, DP: tl.constexpr):
-    """Rows at their offsets, [BN, DP]; zeros past the head size and where masked, since slots that
-    hold no token of the sequence may hold anything, even NaN."""
-    o_d = tl.arange(0, DP)
+def load_rows(p_rows, b_offset, m_key, o_d, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at their offsets, [BN, DP]; zeros past the head size and where masked."""
     p_tile = p_rows + b_offset[:, None] + o_d[None, :]
-    if DP == D:
-        return tl.load(p_tile, mask=m_key[:, None], other=0.0)
-    else:
+    if MASKED:
         return tl.load(p_tile, mask=m_key[:, None] & (o_d < D)[None, :], other=0.0)
+    elif o_d.shape[0] == D:
+        return tl.load(p_tile)
+    else:
+        return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -151,11 +137,6 @@ def load_tile(
         b_slope = tl.load(p_slopes + o_head, mask=m_row, other=0.0) * b_factor
     o_query = ((token + o_q).to(tl.int64) * s_query_t + o_head * s_query_h)[:, None] + o_d[None, :]
     b_q = tl.load(p_query + o_query, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    if (b_q.dtype != tl.float32) & (DP <= 128):
-        # The result of a product stays in registers, where a product reads it faster than from
-        # shared memory.
-        b_one = (o_d[:, None] == o_d[None, :]).to(b_q.dtype)
-        b_q = tl.dot(b_q, b_one).to(b_q.dtype)
     rows = (
         b_q, b_factor * scale, b_slope, b_exponent, position + o_q, position, count, lowest,
         window,
@@ -164,36 +145,27 @@ def load_tile(
 
 
 @triton.jit
-def score(rows, b_base, b_k, o_key, ALIBI: tl.constexpr):
-    """Scores z [BM, BN], up to a constant per row, which entmax ignores.
+def score(
+    rows, b_base, b_k, o_key, ALIBI: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Scores z [BM, BN], -inf where not visible, up to a constant per row, which entmax ignores.
 
     b_base is taken off first: a score near it is exact, where the threshold may lie closer than
     the scores' own precision.
 
     fp8 keys become the queries' dtype, which is exact.
     """
-    b_q, b_scale, b_slope, _exponent, _position, position, _count, _lowest, _window = rows
+    b_q, b_scale, b_slope, _exponent, b_position, position, _count, _lowest, window = rows
     b_k = tl.trans(b_k.to(b_q.dtype))
     b_z = tl.dot(b_q, b_k, input_precision="ieee") * b_scale[:, None] - b_base[:, None]
     if ALIBI:
         b_z += b_slope[:, None] * (o_key - position).to(tl.float32)[None, :]
+    if MASKED:
+        m_visible = o_key[None, :] <= b_position[:, None]
+        if WINDOW:
+            m_visible &= o_key[None, :] > b_position[:, None] - window
+        b_z = tl.where(m_visible, b_z, -float("inf"))
     return b_z
-
-
-@triton.jit
-def visible(rows, o_key, WINDOW: tl.constexpr):
-    """Which rows see which keys, [BM, BN]."""
-    b_position, window = rows[4], rows[8]
-    m_visible = o_key[None, :] <= b_position[:, None]
-    if WINDOW:
-        m_visible &= o_key[None, :] > b_position[:, None] - window
-    return m_visible
-
-
-@triton.jit
-def above(b_z, b_tau):
-    """max(z - tau, 0), NaN for a NaN."""
-    return tl.maximum(b_z - b_tau[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -210,8 +182,23 @@ def partial_sums(b_x, parts: tl.constexpr):
 
 
 @triton.jit
-def moments(b_x, b_exponent, ORDER: tl.constexpr):
-    """x ** b, NaN for a NaN, and x ** (b - 1), as `partial_sums` of units."""
+def flag_units(b_part):
+    """The units of a key tile that have a positive part or NaN, as bits, [BM / 16, 8, 4] int32.
+
+    Of the sixteen rows that wgmma gives to a warp, those eight apart are in the same thread.
+    """
+    BM: tl.constexpr = b_part.shape[0]
+    parts: tl.constexpr = b_part.shape[1]
+    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, parts, 4]), 1)
+    o_bit = tl.arange(0, parts)[None, None, :, None]
+    return tl.sum((~(b_any <= 0.0)).to(tl.int32) << o_bit, 2)
+
+
+@triton.jit
+def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
+    """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), [BM, 4]
+    each as `partial_sums`, and `flag_units` of it."""
+    b_x = tl.maximum(b_z - b_tau[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
         # Sums of powers up to 2 ** 80 are finite. Scores that are clipped have a lower threshold,
         # so that steps stay below the true one.
@@ -219,22 +206,10 @@ def moments(b_x, b_exponent, ORDER: tl.constexpr):
         b_x = tl.minimum(b_x, b_most, propagate_nan=tl.PropagateNan.ALL)
     b_weight, b_power = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
     units: tl.constexpr = b_x.shape[1] // UNIT
-    return partial_sums(b_weight, units), partial_sums(b_power, units)
-
-
-@triton.jit
-def flag_units(b_mass, b_power, ORDER: tl.constexpr):
-    """The units of a key tile that have mass or NaN in any row, as bits, [BM / 16, 8, 4] int32.
-
-    Of the sixteen rows that wgmma gives to a warp, those eight apart are in the same thread.
-    """
+    b_weight, b_power = partial_sums(b_weight, units), partial_sums(b_power, units)
     # Powers of two are NaN for a NaN themselves.
-    b_part = b_power if ORDER == 2 else b_mass + b_power
-    BM: tl.constexpr = b_part.shape[0]
-    units: tl.constexpr = b_part.shape[1]
-    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, units, 4]), 1)
-    o_bit = tl.arange(0, units)[None, None, :, None]
-    return tl.sum((~(b_any <= 0.0)).to(tl.int32) << o_bit, 2)
+    b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power)
+    return tl.sum(b_weight, 1), tl.sum(b_power, 1), b_flags
 
 
 @triton.jit

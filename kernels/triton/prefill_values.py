@@ -6,25 +6,9 @@
 import triton
 import triton.language as tl
 
-from .entmax import FP16_WEIGHT, weigh_excess
-from .prefill_lists import (
-    PAST,
-    append_masked,
-    keep_flagged,
-    listed_count,
-    listed_keys,
-    listed_rows,
-)
-from .prefill_tiles import (
-    UNIT,
-    above,
-    key_tiles,
-    load_rows,
-    load_tile,
-    partial_sums,
-    score,
-    visible,
-)
+from .entmax import FP16_WEIGHT, weigh_scores
+from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
+from .prefill_tiles import UNIT, key_tiles, load_rows, load_tile, partial_sums, score
 
 
 @triton.jit
@@ -37,37 +21,42 @@ def weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER: tl.constexp
 
 
 @triton.jit
+def attend_masked(
+    rows, b_base, p_key, p_value, p_table, p_units, b_tau, b_total, b_acc, start, listed, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums of weights [BM, 4] and of weighted values [BM, DP] of the listed key tiles
+    from `start` on, with masks."""
+    b_q, b_exponent = rows[0], rows[3]
+    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
+        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
+        b_z, b_offset = masked_scores(
+            rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+        )
+        b_v = load_rows(p_value, b_offset, m_key, tl.arange(0, DP), D, MASKED=True).to(b_q.dtype)
+        b_total, b_acc = weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER)
+    return b_total, b_acc
+
+
+@triton.jit
 def attend_listed(
-    rows, b_base, p_key, p_value, lists, b_tau, whole, keys,
+    rows, b_base, p_key, p_value, lists, b_tau, b_total, b_acc, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of weights [BM, 4] and of weighted values [BM, DP] of the `keys` listed keys, of which
-    the first `whole` tiles need no masks."""
-    p_units, p_offsets = lists
+    """Adds those of the first `count` listed key tiles; the loads as in `add_spaced`."""
     b_q, b_exponent = rows[0], rows[3]
-    o_n = tl.arange(0, BN)
-    b_total = tl.zeros([b_q.shape[0], 4], tl.float32)
-    b_acc = tl.zeros([b_q.shape[0], DP], tl.float32)
-    # Loaded an iteration ahead: see `add_sample`.
-    b_next = listed_rows(p_offsets, 0, keys, BN)
-    for i_t in tl.range(0, tl.cdiv(keys, BN), num_stages=STAGES):
-        b_offset, o_key = b_next + o_n % UNIT * D, o_n
-        b_next = listed_rows(p_offsets, i_t + 1, keys, BN)
-        m_key = o_n < keys - i_t * BN
-        b_k = load_rows(p_key, b_offset, m_key, D, DP)
-        b_v = load_rows(p_value, b_offset, m_key, D, DP).to(b_q.dtype)
-        if ALIBI:
-            o_key = listed_keys(p_units, i_t, BN)
-        b_x = above(score(rows, b_base, b_k, o_key, ALIBI), b_tau)
-        if i_t >= whole:
-            o_edge = tl.where(m_key, listed_keys(p_units, i_t, BN), PAST)
-            b_x = tl.where(visible(rows, o_edge, WINDOW), b_x, 0.0)
-        b_weight = weigh_excess(b_x, b_exponent[:, None], ORDER)
-        if b_v.dtype == tl.float16:
-            b_weight *= FP16_WEIGHT
-        b_total += tl.sum(partial_sums(b_weight, 1), 1)
-        b_acc = tl.dot(b_weight.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
+    b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
+    for i_t in tl.range(0, count, num_stages=STAGES):
+        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
+        b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
+        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
+        b_v = load_rows(p_value, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_v = b_v.to(b_q.dtype)
+        b_total, b_acc = weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER)
     return b_total, b_acc
 
 
@@ -121,23 +110,28 @@ def prefill_values_kernel(
             b_base = tl.zeros([BM], tl.float32)
             if rows[0].dtype == tl.float32:
                 b_base = tl.load(p_base + o_row)
-            first, whole, after, last = key_tiles(
+            _first, whole, after, _stop = key_tiles(
                 position, count, lowest, window, FLAGGED_BN, WINDOW
             )
-            each: tl.constexpr = FLAGGED_BN // UNIT.value
-            units = (last - first) * each
-            kept = keep_flagged(
-                lists, p_word, p_table, first * each, units, units, s_page, D, P, BC, True
-            )
-            edges = lowest // UNIT, whole * each, after * each, (position + count - 1) // UNIT + 1
-            listed = append_masked(lists, kept, p_table, edges, s_page, D, P, BC)
+            start = whole * (FLAGGED_BN // UNIT)
+            units = (after - whole) * (FLAGGED_BN // UNIT)
+            kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
+            listed = append_masked(
+                lists, kept, lowest // UNIT, start, start + units,
+                (position + count - 1) // UNIT + 1, BC,
+            )  # fmt: skip
+            full = kept // (BN // UNIT)
+            b_total, b_acc = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, DP], tl.float32)
+            b_total, b_acc = attend_masked(
+                rows, b_base, p_k, p_v, p_table, lists[0], b_tau, b_total, b_acc, full, listed,
+                s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+            )  # fmt: skip
             b_total, b_acc = attend_listed(
-                rows, b_base, p_k, p_v, lists, b_tau, kept // (BN // UNIT),
-                listed_count(listed, edges, position + count),
+                rows, b_base, p_k, p_v, lists, b_tau, b_total, b_acc, full,
                 D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
             o_out = (token + o_q).to(tl.int64) * s_out_t + o_head * s_out_h
-            b_out = b_acc * (value_scale / tl.where(m_row, tl.sum(b_total, 1), 1.0))[:, None]
+            b_out = b_acc / tl.where(m_row, tl.sum(b_total, 1), 1.0)[:, None] * value_scale
             tl.store(
                 p_out + o_out[:, None] + o_d[None, :],
                 b_out.to(p_out.dtype.element_ty),
