@@ -9,42 +9,111 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
-from .prefill_kernels import prefill_entmax_kernel
 from .prefill_softmax import prefill_softmax_kernel
+from .prefill_thresholds import prefill_thresholds_kernel
+from .prefill_tiles import UNIT
+from .prefill_values import prefill_values_kernel
 from .workspace import processors
 
 EXCESS_MASS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-"""Mass above one from which a Newton step is exact to the precision of the weights."""
+"""Mass above one that is within the precision of the weights, which are divided by their sum."""
+
+SAMPLED = 16
+"""Of so many keys one is in the sample that gives the first bound, the first of all among them."""
 
 _ALIGNMENT = 256
 _LISTED = 1024
-"""Key tiles that a program lists or filters at a time."""
+"""Key units that a program lists or filters at a time."""
+_WAVES = 16
+"""Tiles of all KV heads that the two kernels divide up at a time, for each program that runs."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a program's tiles.
+    """Sizes of the tiles of programs.
 
     rows: queries times query heads of one KV head. keys: of a key tile. resident: programs that a
-    multiprocessor runs at a time.
+    multiprocessor runs at a time. registers: of a thread at most; None for as many as it takes.
+    Those with value_ are of the kernels that read values.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
-    value_stages: int
     resident: int
+    value_keys: int
+    value_warps: int
+    value_stages: int
+    value_resident: int
+    registers: int | None = None
 
 
 def tiles_for(dtype: torch.dtype, padded_head_size: int) -> Tiles:
     """Tiles for queries of a dtype, whose accumulators stay in registers."""
     if dtype == torch.float32:
         rows = 32 if padded_head_size < 256 else 16
-        return Tiles(rows, 32, warps=4, stages=2, value_stages=1, resident=2)
+        return Tiles(rows, 64, 4, 2, 2, 32, 4, 1, 2)
     if padded_head_size == 256:
-        return Tiles(64, 64, warps=8, stages=2, value_stages=1, resident=1)
-    return Tiles(128, 64, warps=8, stages=3, value_stages=2, resident=2)
+        return Tiles(64, 64, 4, 2, 2, 64, 8, 1, 1)
+    # Small enough that two programs run at a time, one of which multiplies while the other adds.
+    return Tiles(128, 128, 8, 2, 2, 64, 8, 3, 1, registers=128)
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How the entmax kernels divide their work and a workspace. Units: bytes.
+
+    rows: of a tile. max_tokens: of a sequence. base: whether rows have a base.
+    """
+
+    tiles: Tiles
+    rows: int
+    kv_heads: int
+    max_tokens: int
+    base: bool
+
+    @property
+    def entries(self) -> int:
+        """Places in a list of key units, which are flagged by whole words."""
+        return -(-self.max_tokens // (UNIT.value * 32)) * 32
+
+    @property
+    def list_size(self) -> int:
+        return 12 * self.entries
+
+    @property
+    def tile_size(self) -> int:
+        """Of the thresholds and flags of a tile with all KV heads."""
+        return self.kv_heads * (4 * self.rows * (1 + self.base) + self.entries // 8)
+
+    def programs(self, device: torch.device) -> int:
+        return max(self.tiles.resident, self.tiles.value_resident) * processors(device)
+
+    def good_size(self, device: torch.device, tile_count: int | None = None) -> int:
+        """With which every call is fast, or one of so many tiles."""
+        programs = self.programs(device)
+        slab = max(1, _WAVES * programs // self.kv_heads)
+        if tile_count is not None:
+            slab, programs = min(slab, tile_count), min(programs, tile_count * self.kv_heads)
+        return _ALIGNMENT + programs * self.list_size + slab * self.tile_size
+
+    def divide(self, size: int, tile_count: int, device: torch.device) -> tuple[int, int]:
+        """Programs with a list each, and tiles at a time, for a workspace of this size.
+
+        Raises ValueError if there is no room for one of each.
+        """
+        least = _ALIGNMENT + self.list_size + self.tile_size
+        if size < least:
+            raise ValueError(f"workspace has {size} bytes; expected at least {least}")
+        programs = min(self.programs(device), tile_count * self.kv_heads)
+        free = size - _ALIGNMENT
+        # Where it is too small, a half for each.
+        programs = min(programs, max(1, free // 2 // self.list_size))
+        slab = min(tile_count, (free - programs * self.list_size) // self.tile_size)
+        if slab < 1:
+            programs, slab = 1, 1
+        return programs, slab
 
 
 def prefill_workspace_size(
@@ -58,21 +127,17 @@ def prefill_workspace_size(
 ) -> int:
     """Bytes of a workspace with which every prefill of sequences up to max_tokens is fast.
 
-    A program needs five bytes for each key tile of the longest sequence, and there are a few
-    programs per multiprocessor, whatever the number of queries: 21 MB on an H200 for 2**20 tokens
-    and bf16 heads of 128. As little as one program's share gives the same results.
+    It does not grow with the number of queries, which are worked on in portions: 32 MB on an H200
+    for 2**17 tokens and bf16 heads of 128, 244 MB for 2**20. A smaller one gives the same results
+    with fewer programs or in more portions.
 
-    dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take twice as much.
+    dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take more.
     max_tokens: columns of the block table times page_size.
     """
     tiles = tiles_for(dtype, triton.next_power_of_2(head_size))
-    programs = tiles.resident * processors(torch.device(device))
-    return _ALIGNMENT + programs * 5 * _list_stride(max_tokens, tiles)
-
-
-def _list_stride(max_tokens: int, tiles: Tiles) -> int:
-    """Places for key tiles in the list of a program, whose flags are written eight at a time."""
-    return -(-max_tokens // (tiles.keys * 16)) * 16
+    rows = max(tiles.rows, triton.next_power_of_2(query_heads // kv_heads))
+    division = _Division(tiles, rows, kv_heads, max_tokens, dtype == torch.float32)
+    return division.good_size(torch.device(device))
 
 
 def prefill(
@@ -142,53 +207,69 @@ def prefill(
         "P": page_size,
         "BQ": queries,
         "BM": rows,
-        "BN": tiles.keys,
     }
     per_head = isinstance(alpha, Tensor)
     options = {
         "ALPHA_PER_HEAD": per_head,
         "ALIBI": alibi_slopes is not None,
         "WINDOW": sliding_window is not None,
-        "VALUE_STAGES": tiles.value_stages,
-        "num_warps": tiles.warps,
+        "BN": tiles.value_keys,
+        "STAGES": tiles.value_stages,
+        "num_warps": tiles.value_warps,
     }
     if per_head or alpha == 1:
         _launch(prefill_softmax_kernel, (tile_count, kv_heads), arguments, **options)
     if per_head or alpha != 1:
-        stride = _list_stride(block_table.shape[1] * page_size, tiles)
-        programs = min(tile_count * kv_heads, tiles.resident * processors(query.device))
+        max_tokens = block_table.shape[1] * page_size
+        base = query.dtype == torch.float32
+        division = _Division(tiles, rows, kv_heads, max_tokens, base)
         if workspace is None:
-            size = _ALIGNMENT + programs * 5 * stride
+            size = division.good_size(query.device, tile_count)
             workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-        programs = min(programs, (workspace.numel() - _ALIGNMENT) // (5 * stride))
-        if programs < 1:
-            raise ValueError(
-                f"workspace has {workspace.numel()} bytes; expected at least "
-                f"{_ALIGNMENT + 5 * stride}"
-            )
-        ticket = workspace[:_ALIGNMENT].view(torch.int32).zero_()
-        lists, flags = workspace[_ALIGNMENT:][: programs * 5 * stride].split(
-            [programs * 4 * stride, programs * stride]
-        )
-        _launch(
-            prefill_entmax_kernel,
-            (programs,),
-            arguments,
-            **options,
-            p_ticket=ticket,
-            p_lists=lists.view(torch.int32),
-            p_flags=flags,
-            list_stride=stride,
-            excess_mass=EXCESS_MASS[query.dtype],
-            BC=_LISTED,
-            ORDER=int(b) if not per_head and b in (1, 2, 3) else 0,
-            STAGES=tiles.stages,
-        )
+        programs, slab = division.divide(workspace.numel(), tile_count, query.device)
+        order = int(b) if not per_head and b in (1, 2, 3) else 0
+        entries, pairs = division.entries, slab * kv_heads
+        sizes = [_ALIGNMENT, programs * 8 * entries, programs * 4 * entries]
+        sizes += [pairs * rows * 4, pairs * rows * 4 * base, pairs * entries // 8]
+        parts = workspace[: sum(sizes)].split(sizes)
+        tickets, offsets, units, tau, bases, words = (part.view(torch.int32) for part in parts)
+        arguments |= {
+            "p_tickets": tickets,
+            "p_offsets": offsets.view(torch.int64),
+            "p_units": units,
+            "p_tau": tau.view(torch.float32),
+            "p_base": bases.view(torch.float32),
+            "p_words": words,
+            "s_words": entries // 32,
+            "s_list": entries,
+            "excess_mass": EXCESS_MASS[query.dtype],
+            "FLAGGED_BN": tiles.keys,
+            "BC": _LISTED,
+            "ORDER": order,
+        }
+        thresholds = options | {
+            "BN": tiles.keys,
+            "STAGES": tiles.stages,
+            "SAMPLED": SAMPLED,
+            "num_warps": tiles.warps,
+            # Powers of any exponent need more.
+            "maxnreg": tiles.registers if order else None,
+        }
+        for first in range(0, tile_count, slab):
+            tickets.zero_()
+            arguments |= {"first_tile": first, "slab": min(slab, tile_count - first)}
+            pairs = arguments["slab"] * kv_heads
+            grids = [
+                (min(programs, pairs, resident * processors(query.device)),)
+                for resident in (tiles.resident, tiles.value_resident)
+            ]
+            _launch(prefill_thresholds_kernel, grids[0], arguments, **thresholds)
+            _launch(prefill_values_kernel, grids[1], arguments, **options)
     return out
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
     """Launch a kernel with those of the arguments that it has."""
-    names = {*kernel.arg_names, "num_warps"}
+    names = {*kernel.arg_names, "num_warps", "maxnreg"}
     given = {**arguments, **options}
     kernel[grid](**{name: value for name, value in given.items() if name in names})

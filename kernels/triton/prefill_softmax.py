@@ -6,7 +6,16 @@
 import triton
 import triton.language as tl
 
-from .prefill_kernels import find_tile, key_tiles, load_pages, load_rows, score, tile_bounds
+from .prefill_tiles import (
+    find_tile,
+    key_tiles,
+    load_rows,
+    row_offsets,
+    score,
+    spaced_offsets,
+    spaced_pages,
+    tile_bounds,
+)
 
 
 @triton.jit
@@ -42,9 +51,9 @@ def prefill_softmax_kernel(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    VALUE_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile (see `prefill_kernels`), for those heads whose alpha is 1."""
+    """Attention of one tile (see `prefill_tiles`), for those heads whose alpha is 1."""
     i_h = tl.program_id(1)
     o_r, o_d, o_n = tl.arange(0, BM), tl.arange(0, DP), tl.arange(0, BN)
     o_q = o_r // G
@@ -72,6 +81,7 @@ def prefill_softmax_kernel(
     o_token = (token + o_q).to(tl.int64)
     o_query = (o_token * s_query_t + o_head * s_query_h)[:, None] + o_d[None, :]
     b_q = tl.load(p_query + o_query, mask=m_q, other=0.0)  # [BM, DP]
+    rows = (b_q, b_scale, b_slope, b_scale, b_position, position, count, lowest, window)
     p_k = p_key + i_h.to(tl.int64) * s_head
     p_v = p_value + i_h.to(tl.int64) * s_head
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
@@ -79,30 +89,25 @@ def prefill_softmax_kernel(
 
     b_maximum = tl.full([BM], -float("inf"), tl.float32)
     b_total, b_acc = tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
-    b_next = load_pages(p_table, whole * BN + o_n, o_n < (after - whole) * BN, P)
-    for i_t in tl.range(whole, after, num_stages=VALUE_STAGES):
-        o_key, b_page = i_t * BN + o_n, b_next
-        # Loaded an iteration ahead: see `add_listed`.
-        m_next = o_n < (after - i_t - 1) * BN
-        b_next = load_pages(p_table, o_key + BN, m_next, P)
-        b_k = load_rows(p_k, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
-        b_v = load_rows(p_v, b_page, o_key, m_next, o_d, s_page, D, P, MASKED=False)
-        b_z = score(
-            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
-            ALIBI, WINDOW, MASKED=False,
-        )  # fmt: skip
+    start, count_whole = whole * BN, after - whole
+    b_next = spaced_pages(p_table, start, 0, count_whole, BN, 1, P)
+    for i_t in tl.range(0, count_whole, num_stages=STAGES):
+        o_key, b_page = start + i_t * BN + o_n, b_next
+        # Loaded an iteration ahead: see `add_spaced`.
+        b_next = spaced_pages(p_table, start, i_t + 1, count_whole, BN, 1, P)
+        b_offset = spaced_offsets(b_page, o_key, s_page, BN, 1, D, P)
+        b_k = load_rows(p_k, b_offset, o_n, o_d, D, MASKED=False)
+        b_v = load_rows(p_v, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
         b_v = b_v.to(b_q.dtype)
         b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
     for i_t in tl.range(first, stop - (after - whole), num_stages=1):
         o_key = tl.where(i_t < whole, i_t, i_t + after - whole) * BN + o_n
         m_key = (o_key >= lowest) & (o_key < position + count)
-        b_page = load_pages(p_table, o_key, m_key, P)
-        b_k = load_rows(p_k, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
-        b_v = load_rows(p_v, b_page, o_key, m_key, o_d, s_page, D, P, MASKED=True)
-        b_z = score(
-            b_q, b_k, b_scale, b_base, b_slope, b_position, o_key, position, window,
-            ALIBI, WINDOW, MASKED=True,
-        )  # fmt: skip
+        b_offset = row_offsets(p_table, o_key, m_key, s_page, D, P)
+        b_k = load_rows(p_k, b_offset, m_key, o_d, D, MASKED=True)
+        b_v = load_rows(p_v, b_offset, m_key, o_d, D, MASKED=True)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=True)
         b_v = b_v.to(b_q.dtype)
         b_maximum, b_total, b_acc = accumulate(b_z, b_maximum, b_total, b_acc, b_v)
 

@@ -17,7 +17,7 @@ LAST_BITS = 2e-5
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def run(scene, query_lens=None, padding=3, **options):
+def run(scene, query_lens=None, padding=3, workspace_size=1 << 18, **options):
     """Output of each chunk, in a poisoned workspace; tokens outside every chunk stay poison."""
     query_lens = scene.seq_lens.tolist() if query_lens is None else query_lens
     query = [q[len(q) - n :] for q, n in zip(scene.query, query_lens, strict=True)]
@@ -29,7 +29,7 @@ def run(scene, query_lens=None, padding=3, **options):
     for name, value in options.items():
         options[name] = value.to(DEVICE) if isinstance(value, torch.Tensor) else value
     out = torch.full_like(query, torch.nan).to(DEVICE)
-    workspace = torch.full((1 << 18,), 255, dtype=torch.uint8, device=DEVICE)
+    workspace = torch.full((workspace_size,), 255, dtype=torch.uint8, device=DEVICE)
     context = scene.block_table.to(DEVICE), scene.seq_lens.to(DEVICE), starts.to(DEVICE)
     cache = on_device(scene.cache)
     options |= {"scale": scene.scale, "out": out, "workspace": workspace}
@@ -114,6 +114,14 @@ def test_high_scores_that_the_seed_misses_are_found(alpha, others):
 def test_two_runs_give_the_same_bits():
     scene = make_scene([150, 50], dtype=torch.float16)
     assert all(map(torch.equal, run(scene), run(scene)))
+
+
+def test_the_smallest_workspace_gives_the_same_bits():
+    scene = make_scene([150, 50], dtype=torch.float16)
+    with pytest.raises(ValueError, match="expected at least") as error:
+        run(scene, workspace_size=64)
+    least = int(str(error.value).split()[-1])
+    assert all(map(torch.equal, run(scene), run(scene, workspace_size=least)))
 
 
 def test_a_workspace_that_is_too_small_is_refused():

@@ -1,0 +1,259 @@
+"""The first kernel of entmax prefill: the threshold of each row, and the key units above it.
+
+Bounds come from more and more keys: from the last ones that the tile sees, then from a sample of
+those before them, then from all. A subset's threshold is a lower bound, and so is what a Newton
+step from a lower bound gives (see `entmax`). A unit that has no score above the bound has none
+above the threshold: each pass reads only the units that had such a score in the pass before.
+"""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from .entmax import newton_step
+from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
+from .prefill_tiles import (
+    UNIT,
+    any_flag,
+    key_tiles,
+    load_rows,
+    load_tile,
+    moments,
+    score,
+    spaced_offsets,
+    spaced_pages,
+)
+
+# Newton steps from the last keys alone, whose scores are in registers.
+RECENT_STEPS = tl.constexpr(3)
+LEAST = tl.constexpr(-3e38)
+
+
+@triton.jit
+def recent_scores(
+    rows, b_base, p_key, p_table, s_page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    BN: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Scores of the last BN keys that the tile sees, of which every row sees one."""
+    position, count, lowest = rows[5], rows[6], rows[7]
+    o_key = position + count - BN + tl.arange(0, BN)
+    m_key = o_key >= lowest
+    o_key = tl.where(m_key, o_key, position + count)  # one that no row sees
+    b_z, _ = masked_scores(
+        rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+    )
+    return b_z
+
+
+@triton.jit
+def add_spaced(
+    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, first, count, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SPACE: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds the moments of `count` tiles of keys, SPACE positions apart, from the multiple `first`
+    of BN on. Of neighbouring keys the units with a score above the bound are flagged."""
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
+    each: tl.constexpr = BN // UNIT.value
+    b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
+    # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
+    # would take the stages of the pipeline.
+    b_next = spaced_pages(p_table, first, 0, count, BN, SPACE, P)
+    for i_t in tl.range(0, count, num_stages=STAGES):
+        o_key, b_page = first + (i_t * BN + o_n) * SPACE, b_next
+        b_next = spaced_pages(p_table, first, i_t + 1, count, BN, SPACE, P)
+        b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
+        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+        if SPACE == 1:
+            b_flags |= b_tile_flags << (i_t % (32 // each) * each)
+            complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
+            if complete:
+                tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
+            b_flags = tl.where(complete, 0, b_flags)
+    return b_mass, b_power
+
+
+@triton.jit
+def add_listed(
+    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, count,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`."""
+    o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
+    each: tl.constexpr = BN // UNIT.value
+    b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
+    b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
+    for i_t in tl.range(0, count, num_stages=STAGES):
+        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
+        b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
+        b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
+        b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
+        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+        b_flags |= b_tile_flags << (i_t % (32 // each) * each)
+        complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
+        if complete:
+            tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
+        b_flags = tl.where(complete, 0, b_flags)
+    return b_mass, b_power
+
+
+@triton.jit
+def add_masked(
+    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, start, listed, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Adds those of the listed key tiles from `start` on, with masks."""
+    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
+        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
+        b_z, _ = masked_scores(
+            rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
+        )
+        b_tile_mass, b_tile_power, _ = moments(b_z, b_tau, rows[3], ORDER)
+        b_mass += b_tile_mass
+        b_power += b_tile_power
+    return b_mass, b_power
+
+
+@triton.jit
+def mark_kept(p_units, p_words, start, kept, words, BC: tl.constexpr):
+    """Flags of the units kept, by their positions, for the next kernel."""
+    o_c = tl.arange(0, BC)
+    for i_c in tl.range(0, words, BC, num_stages=1):
+        tl.store(p_words + i_c + o_c, 0, mask=i_c + o_c < words)
+    tl.debug_barrier()
+    for i_c in tl.range(0, kept, BC, num_stages=1):
+        m_c = i_c + o_c < kept
+        o_unit = tl.load(p_units + i_c + o_c, mask=m_c, other=0) - start
+        one = tl.full([BC], 1, tl.int32)
+        tl.atomic_or(p_words + o_unit // 32, one << (o_unit % 32), mask=m_c, sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=["batch", "first_tile", "slab", "s_words", "s_list", "window"],
+    do_not_specialize_on_alignment=["p_block_table", "p_seq_lens", "p_query_start_loc"],
+)
+def prefill_thresholds_kernel(
+    p_query,  # [tokens, HKV * G, D]
+    p_key,  # [pages, HKV, P, D]
+    p_block_table,  # [batch, max_pages]
+    p_seq_lens,  # [batch]
+    p_query_start_loc,  # [batch + 1]
+    p_alpha,  # [HKV * G] float64
+    p_slopes,  # [HKV * G] float32
+    p_tickets,  # [2] int32, the first one zero
+    p_tau,  # [HKV, slab, BM] float32
+    p_base,  # [HKV, slab, BM] float32, for fp32
+    p_words,  # [HKV, slab, s_words] int32
+    p_units,  # [programs, s_list] int32
+    p_offsets,  # [programs, s_list] int64
+    s_query_t, s_query_h, s_page, s_head, s_block_table, s_words, s_list,
+    batch, first_tile, slab, window, scale, factor, exponent, excess_mass,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    STAGES: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """Thresholds of all heads of alpha > 1. A program takes one (tile, KV head) after the other.
+
+    Programs that run together have the same KV head, whose keys stay in L2; late tiles, which
+    see the most keys, go first.
+    """
+    each: tl.constexpr = BN // UNIT.value
+    i_p = tl.program_id(0).to(tl.int64)
+    lists = p_units + i_p * s_list, p_offsets + i_p * s_list
+    item = tl.atomic_add(p_tickets, 1, sem="relaxed")
+    while item < slab * HKV:
+        i_h, i_slab = item // slab, slab - 1 - item % slab
+        i_b, count, _token, _q, _head, m_row, rows = load_tile(
+            p_query, p_alpha, p_slopes, p_query_start_loc, p_seq_lens, i_h, first_tile + i_slab,
+            s_query_t, s_query_h, batch, window, scale, factor, exponent,
+            G, D, DP, BQ, BM, ALPHA_PER_HEAD, ALIBI, WINDOW,
+        )  # fmt: skip
+        if count > 0:
+            b_exponent, position, lowest = rows[3], rows[5], rows[7]
+            p_k = p_key + i_h.to(tl.int64) * s_head
+            p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+            o_row = (i_h * slab + i_slab).to(tl.int64) * BM + tl.arange(0, BM)
+            p_word = p_words + (i_h * slab + i_slab).to(tl.int64) * s_words
+
+            b_base = tl.zeros([BM], tl.float32)
+            b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
+            if rows[0].dtype == tl.float32:
+                b_peak = tl.max(b_z, 1)
+                b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
+                tl.store(p_base + o_row, b_base)
+                # Once more, that its scores are less the base in one rounding, as all later ones.
+                b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
+            # No finite bound and no visible key make NaN of their difference.
+            b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
+            b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            for _ in tl.static_range(RECENT_STEPS):
+                b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+                b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+
+            first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
+            sampled = (position + count - BN - whole * BN) // (BN * SAMPLED)
+            b_mass, b_power = add_spaced(
+                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN, sampled,
+                s_page, D, DP, P, BN, SAMPLED, ORDER, ALIBI, WINDOW, STAGES,
+            )  # fmt: skip
+            b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+
+            first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
+            listed = append_masked(lists, 0, first, whole * each, after * each, stop, BC)
+            b_zero = tl.zeros([BM, 4], tl.float32)
+            b_mass, b_power = add_masked(
+                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, 0, listed, s_page,
+                D, DP, P, BN, ORDER, ALIBI, WINDOW,
+            )  # fmt: skip
+            b_mass, b_power = add_spaced(
+                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
+                after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
+            )  # fmt: skip
+            start = whole * each
+            units = (after - whole) * each
+            kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
+            edges = start - first + stop - start - units
+            unfinished = 1
+            while unfinished > 0:
+                b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
+                b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+                if ORDER == 2:
+                    # (x - step) ** 2 of each key that may be above the bound is at least what is
+                    # left of its weight: often enough after one step from far more mass.
+                    keys = (kept + edges) * UNIT
+                    b_left = b_row_mass - b_step * (2.0 * b_row_power - b_step * keys)
+                    m_unfinished &= b_left > 1.0 + excess_mass
+                unfinished = tl.max(m_unfinished.to(tl.int32), 0)
+                b_tau += b_step
+                if unfinished > 0:
+                    listed = append_masked(lists, kept, first, start, start + units, stop, BC)
+                    full = kept // each
+                    b_mass, b_power = add_masked(
+                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
+                        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                    )  # fmt: skip
+                    b_mass, b_power = add_listed(
+                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
+                        D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
+                    )  # fmt: skip
+                    kept = keep_flagged(
+                        lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
+                    )
+            tl.store(p_tau + o_row, b_tau)
+            tl.debug_barrier()
+            mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
+        # The list is the next tile's now.
+        tl.debug_barrier()
+        item = tl.atomic_add(p_tickets, 1, sem="relaxed")
