@@ -68,10 +68,7 @@ def weigh(b_x, b_exponent, ORDER: tl.constexpr):
 def weigh_scores(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
     """Weights of scores; that of a NaN is NaN."""
     b_x = tl.maximum(b_z - b_tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    b_weight = weigh(b_x, b_exponent, ORDER)
-    if ORDER == 0:
-        b_weight = tl.where(b_x == b_x, b_weight, b_x)
-    return b_weight
+    return tl.where(b_x == b_x, weigh(b_x, b_exponent, ORDER), b_x)
 
 
 @triton.jit
