@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import about
 
 SHAPES: dict[str, dict[str, int]] = {
     "1B": {
@@ -195,7 +196,6 @@ def run_arm(
             "selector": arm,
             "tpot_ms": statistics.median(values),
             "all_ms": values,
-            "gpu": torch.cuda.get_device_name(),
             "compiled": args.compile,
             "score_spread": args.score_spread,
         }
@@ -246,7 +246,9 @@ def main() -> None:
     parser.add_argument("--score-spread", type=float, default=1.0)
     parser.add_argument("--limit", type=int, default=600, help="seconds for one engine")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
+    measured = about(args.commit)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     spawn = multiprocessing.get_context("spawn")
     out: Any = spawn.Queue()
@@ -267,7 +269,8 @@ def main() -> None:
         while process.is_alive() or not out.empty():
             with contextlib.suppress(queue.Empty):
                 rows.append(out.get(timeout=0.2))
-                args.out.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
+                result = measured | {"rows": with_ratios(rows)}
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

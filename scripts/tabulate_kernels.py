@@ -120,6 +120,27 @@ def fuzz_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def serving_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| model | requests | context | selector | pages read | ms | FLASH_ATTN ms | ratio |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        if row["selector"] != "FLASH_ATTN":
+            lines.append(
+                f"| {row['model']} | {row['requests']} | {thousands(row['context'])} "
+                f"| {row['selector']} | {row['pages_read_share']:.1%} | {row['tpot_ms']:.2f} "
+                f"| {row['tpot_ms_flash_attn']:.2f} | {row['ratio_flash_attn']:.2f} |"
+            )
+    return lines
+
+
+def sanitizer_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| tool | ended | cases | kernels | errors |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        cases, kernels = len(row["cases"]), len(row["kernels"])
+        lines.append(f"| {row['tool']} | {row['ended']} | {cases} | {kernels} | {row['errors']} |")
+    return lines
+
+
 SECTIONS = (
     ("decode-h200.json", "Decode, random keys", decode_table),
     ("decode-h200-clustered.json", "Decode, keys in topics, support 0.1%", decode_table),
@@ -130,9 +151,10 @@ SECTIONS = (
         decode_table,
     ),
     ("prefill-h200.json", "Prefill", prefill_table),
-    ("prefill-h200-tried.json", "Prefill as tried and taken back", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
+    ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
     ("fuzz-h200.json", "Random cases against fp64", fuzz_table),
+    ("sanitizer-h200.json", "compute-sanitizer", sanitizer_table),
 )
 
 
