@@ -14,6 +14,9 @@ from entmaxkv_vllm import cache, scratch, telemetry
 from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
 from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata
 
+_warmed: set[tuple[Any, ...]] = set()
+"""Kinds of layers whose kernels this process has compiled."""
+
 
 class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     """Entmax attention of one layer over vLLM's paged cache.
@@ -67,10 +70,12 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.layout = cache.page_layout(self.config, head_size, self.fp8)
         self.kernels = self.config.kernels
         self.max_sequences = vllm_config.scheduler_config.max_num_seqs
+        self.max_batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.max_tokens = _whole_pages(
             vllm_config.model_config.max_model_len, self.config.page_size
         )
         self.counters = telemetry.worker_counters(vllm_config)
+        self._warm = False
         self._layer_index: int | None = None
         self._kv_cache: torch.Tensor | None = None
         self._pages: PagedCache | None = None
@@ -154,6 +159,21 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         options: dict[str, Any],
     ) -> None:
         index = self.index_of(layer)
+        if self.kernels == "triton" and not self._warm:
+            self._warm_up(layer, query, pages, rows, options)
+        self._decode_parts(index, query, pages, rows, output, options)
+        self.counters.publish(index)
+
+    def _decode_parts(
+        self,
+        index: int,
+        query: torch.Tensor,
+        pages: PagedCache,
+        rows: DecodeRows,
+        output: torch.Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        """Decode as many sequences at a time as scratch is planned for."""
         sparse = bool(pages.layout.statistics)
         for first in range(0, rows.count, scratch.DECODE_ROWS):
             part = slice(first, min(rows.count, first + scratch.DECODE_ROWS))
@@ -169,7 +189,53 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 out=output[part],
                 **options,
             )
-        self.counters.publish(index)
+
+    def _warm_up(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        pages: PagedCache,
+        rows: DecodeRows,
+        options: dict[str, Any],
+    ) -> None:
+        """Compile what batches of any size launch, so that no request waits for it.
+
+        The chip is divided for powers of two of sequences; these have length 0. vLLM decodes first
+        outside any graph, to warm up itself.
+        """
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._warm = True
+        device, index = query.device, self.index_of(layer)
+        heads, width = (self.num_heads, self.num_kv_heads), rows.block_table.shape[1]
+        kind = (*heads, query.dtype, pages.layout, self.selector, self.sliding_window, self.alpha)
+        if (*kind, width) in _warmed:
+            return
+        _warmed.add((*kind, width))
+        self._warm_up_append(layer, query, pages)
+        most = min(self.max_sequences, scratch.DECODE_ROWS)
+        flags = torch.zeros(most, dtype=torch.bool, device=device)
+        table = rows.block_table.new_zeros(most, rows.block_table.shape[1])
+        lengths = rows.seq_lens.new_zeros(most)
+        inputs = query.new_zeros(most, *query.shape[1:])
+        count = 1
+        while count <= most:
+            exact = None if rows.exact is None else flags[:count]
+            empty = DecodeRows(count, table[:count], lengths[:count], exact)
+            self._decode_parts(index, inputs, pages, empty, torch.empty_like(inputs), options)
+            count *= 2
+
+    def _warm_up_append(
+        self, layer: AttentionLayer, query: torch.Tensor, pages: PagedCache
+    ) -> None:
+        """Compile what long prompts append with, by tokens that have no slot."""
+        from entmaxkv_kernels.triton.append import LONG_PROMPT
+
+        if self.max_batched_tokens > LONG_PROMPT:
+            tokens = query.new_zeros(LONG_PROMPT + 1, self.num_kv_heads, self.head_size)
+            slots = torch.full((len(tokens),), -1, dtype=torch.int64, device=query.device)
+            scales = self._scales(layer)
+            append(pages, tokens, tokens, slots, implementation=self.kernels, **scales)
 
     def _prepare(self, layer: AttentionLayer, query: torch.Tensor) -> None:
         """While vLLM profiles its memory: take what steps will take, and what graphs will read."""

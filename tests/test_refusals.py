@@ -211,6 +211,7 @@ def test_one_line_of_log_says_what_is_in_force_and_where_it_came_from(start):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+    assert "EntmaxKV kernels: reference" in lines
     (line,) = [line for line in lines if "in force" in line]
     assert "token_budget=400 (--additional-config)" in line
     assert "page_size=16 (default)" in line
