@@ -122,6 +122,13 @@ class EntmaxKVBackend(AttentionBackend):
                 f"kv_cache_dtype={cache_dtype} differs from dtype={dtype}; "
                 "use --kv-cache-dtype auto"
             )
+        capability = layer.get("device_capability")
+        old = capability is not None and tuple(capability) < (8, 9)
+        if cache.is_fp8(cache_dtype) and old:
+            reasons.append(
+                f"kv_cache_dtype={cache_dtype} needs a GPU of compute capability 8.9; "
+                "use --kv-cache-dtype auto"
+            )
         return reasons
 
 

@@ -314,17 +314,6 @@ def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
             "leave --block-size out or give a multiple of it",
         )
     _check_implementation(config)
-    if (
-        cache.cache_dtype.startswith("fp8")
-        and config.selector != "exact"
-        and config.kernels == "triton"
-    ):
-        raise ConfigurationError(
-            "kv_cache_dtype",
-            cache.cache_dtype,
-            f"has no compiled statistics yet, which selector {config.selector} reads",
-            "use selector exact, or --kv-cache-dtype auto",
-        )
     if vllm_config.speculative_config is not None and config.selector != "exact":
         raise ConfigurationError(
             "speculative_config",

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -59,7 +60,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             get_tensor_model_parallel_rank() * num_heads, num_heads
         )
         self.alibi_slopes = (
-            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+            None
+            if alibi_slopes is None
+            # Outside the memory of weights, which a deep sleep discards.
+            else torch.tensor(alibi_slopes, dtype=torch.float32, device="cpu")
         )
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
@@ -77,8 +81,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.counters = telemetry.worker_counters(vllm_config)
         self._warm = False
         self._layer_index: int | None = None
-        self._kv_cache: torch.Tensor | None = None
-        self._pages: PagedCache | None = None
+        # What vLLM frees must not stay because of its views.
+        self._pages: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def do_kv_cache_update(
         self,
@@ -275,12 +279,13 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
 
     def pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> PagedCache:
         """This layer's keys, values and statistics in vLLM's cache tensor."""
-        if self._pages is None or self._kv_cache is not kv_cache:
+        pages: PagedCache | None = self._pages.get(kv_cache)
+        if pages is None:
             pages = split_pages(kv_cache.view(FP8) if self.fp8 else kv_cache, self.layout)
             if self._reads_every_page(layer):
                 pages = cache.without_statistics(pages)
-            self._kv_cache, self._pages = kv_cache, pages
-        return self._pages
+            self._pages[kv_cache] = pages
+        return pages
 
     def _reads_every_page(self, layer: AttentionLayer) -> bool:
         indices = {self.index_of(layer)}

@@ -108,7 +108,6 @@ CACHE = (
         "fp8 cache, a sparse selector",
         engine={"kv_cache_dtype": "fp8", **options(selector="gaussian")},
         cpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
-        not_on_gpu="refused, because the compiled kernels have no statistics of it",
     ),
     Line("scales for each head of an fp8 cache", layer={"use_per_head_quant_scales": True}),
     Line("`--kv-cache-dtype` {other_cache_dtypes}", layer={"kv_cache_dtype": "nvfp4"}),

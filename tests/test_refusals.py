@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from vllm.platforms.interface import DeviceCapability
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -158,12 +159,24 @@ def test_compiled_kernels_without_a_gpu_are_refused(start, monkeypatch):
         start(options={"implementation": "triton"})
 
 
-def test_compiled_statistics_of_fp8_are_refused(start, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    options = {"implementation": "triton"}
-    start(kv_cache_dtype="fp8", options=options)
-    with pytest.raises(ValueError, match="kv_cache_dtype='fp8' has no compiled statistics"):
-        start(kv_cache_dtype="fp8", options=options | {"selector": "gaussian"})
+@pytest.mark.parametrize("capability, refused", [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_an_fp8_cache_is_refused_on_a_gpu_without_fp8(capability, refused):
+    from entmaxkv_vllm.backend import EntmaxKVBackend
+
+    reasons = EntmaxKVBackend.validate_configuration(
+        head_size=64,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="fp8",
+        block_size=None,
+        use_mla=False,
+        has_sink=False,
+        use_sparse=False,
+        use_mm_prefix=False,
+        use_per_head_quant_scales=False,
+        device_capability=DeviceCapability(*capability),
+        attn_type="decoder",
+    )
+    assert any("kv_cache_dtype=fp8 needs a GPU" in reason for reason in reasons) is refused
 
 
 def test_another_backend_is_left_alone(start):
