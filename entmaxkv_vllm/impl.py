@@ -267,6 +267,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self.max_tokens,
             self.max_sequences,
             self.selector,
+            self.config.exact_below,
             query.device,
         )
         return scratch.take(size, query.device)

@@ -29,6 +29,7 @@ def plan(
     max_tokens: int,
     max_sequences: int,
     selector: Selector,
+    exact_below: int,
     device: torch.device,
 ) -> int:
     """Bytes that decode and prefill of one layer need, whichever is more.
@@ -46,6 +47,7 @@ def plan(
         cache_dtype,
         max_tokens,
         selector=selector,
+        exact_below=exact_below,
         device=device,
         most=MOST_BYTES,
     )

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def plan(selector, max_tokens=1 << 17, max_sequences=256, heads=(32, 8, 128, 16)):
     dtypes = torch.bfloat16, torch.bfloat16
-    return scratch.plan(*heads, *dtypes, max_tokens, max_sequences, selector, CPU)
+    return scratch.plan(*heads, *dtypes, max_tokens, max_sequences, selector, 2048, CPU)
 
 
 @pytest.mark.parametrize("selector", [Exact(), Gaussian(), TopK(2048)])

@@ -19,7 +19,7 @@ from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
-from .workspace import Shape, can_chain, processors
+from .workspace import Shape, budget_of, can_chain, processors
 
 CHOICE: dict[str, Any] = dict.fromkeys(
     (
@@ -127,7 +127,8 @@ def decode(
     }
     softmax = isinstance(alpha, Tensor) or alpha == 1
     # Where nothing else reads the list, it is made by those who read the pages.
-    choosing = isinstance(selector, TopK) and not shape.long_rows and not softmax
+    alone = not softmax and not arguments["GUESSED"]
+    choosing = isinstance(selector, TopK) and not shape.long_rows and alone
     arguments = CHOICE | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)
@@ -148,9 +149,6 @@ def step_shape(
 ) -> Shape:
     """What the launches of a step depend on."""
     kv_heads, page_size = cache.key.shape[1:3]
-    budget = None
-    if isinstance(selector, TopK):
-        budget = max(selector.token_budget // page_size * page_size + page_size, exact_below)
     return Shape(
         len(query),
         query.shape[1],
@@ -161,7 +159,7 @@ def step_shape(
         block_table.shape[1] * page_size,
         processors(query.device),
         selector.name,
-        budget,
+        budget_of(selector, page_size, exact_below),
     )
 
 

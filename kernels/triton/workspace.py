@@ -1,13 +1,13 @@
 """How a decode step is divided over the chip, and the scratch memory that it needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from ..selectors import Selector
+from ..selectors import Selector, TopK
 from .fallback import TRIALS
 from .nearest import SAMPLED
 
@@ -42,6 +42,13 @@ def processors(device: torch.device) -> int:
 def can_chain(device: torch.device) -> bool:
     """Whether a launch can start before the one before it has ended: from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def budget_of(selector: Selector, page_size: int, exact_below: int) -> int | None:
+    """Tokens that a row reads at most, unless it is to be read whole; None if there is no bound."""
+    if not isinstance(selector, TopK):
+        return None
+    return max(selector.token_budget // page_size * page_size + page_size, exact_below)
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ class Shape:
     def most_members(self) -> int:
         """Pages about the last one of a budget that there is room for: more than a share that a
         sample leaves open."""
-        return max(1024, triton.next_power_of_2(self.max_pages) // 8)
+        return min(max(1024, triton.next_power_of_2(self.max_pages) // 8), 1 << 14)
 
     @property
     def list_tiles(self) -> int:
@@ -328,6 +335,7 @@ def decode_workspace_size(
     max_tokens: int,
     *,
     selector: Selector,
+    exact_below: int = 0,
     device: torch.device | str = "cuda",
     most: int | None = None,
 ) -> int:
@@ -336,7 +344,9 @@ def decode_workspace_size(
     dtype: of the cache.
     max_tokens: columns of the block table times page_size. Less is enough for a right result, as
         long as `decode` does not refuse it; it then reads keys again more often.
-    most: bytes to make do with, unless `decode` would refuse so few.
+    exact_below: as for `decode`.
+    most: bytes to make do with, unless `decode` would refuse so few, or they were too few for the
+        lists of a budget.
     """
     chip = processors(torch.device(device))
     heads = (query_heads, kv_heads, head_size, page_size)
@@ -344,5 +354,6 @@ def decode_workspace_size(
     for rows in range(1, batch + 1):
         shape = Shape(rows, *heads, dtype, max_tokens, chip, selector.name)
         good = shape.good_size if most is None else min(shape.good_size, most)
-        size = max(size, good, shape.least_size)
+        budgeted = replace(shape, budget=budget_of(selector, page_size, exact_below))
+        size = max(size, good, shape.least_size, budgeted.good_size if budgeted.budget else 0)
     return size
