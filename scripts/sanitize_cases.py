@@ -36,8 +36,8 @@ from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
 MODULES = (
-    *("append", "attend", "collect", "fallback", "gaussian", "pages", "prefill_kernels"),
-    *("prefill_softmax", "softmax", "topk"),
+    *("append", "attend", "attend_short", "collect", "fallback", "gaussian", "nearest", "pages"),
+    *("prefill_softmax", "prefill_thresholds", "prefill_values", "softmax", "topk"),
 )
 KV_HEADS, GROUP, PAGE = 1, 4, 16
 EXACT = Exact()

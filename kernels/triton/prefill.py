@@ -18,6 +18,10 @@ from .workspace import processors
 EXCESS_MASS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 """Mass above one that is within the precision of the weights, which are divided by their sum."""
 
+LEFT_MASS = {torch.float32: 1e-8, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+"""Mass above one that may be left after the last step: the output is off by as much of how the
+values differ, at most."""
+
 SAMPLED = 16
 """Of so many keys one is in the sample that gives the first bound, the first of all among them."""
 
@@ -243,6 +247,7 @@ def prefill(
             "s_words": entries // 32,
             "s_list": entries,
             "excess_mass": EXCESS_MASS[query.dtype],
+            "left_mass": LEFT_MASS[query.dtype],
             "FLAGGED_BN": tiles.keys,
             "BC": _LISTED,
             "ORDER": order,

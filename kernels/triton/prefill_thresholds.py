@@ -158,6 +158,7 @@ def prefill_thresholds_kernel(
     p_offsets,  # [programs, s_list] int64
     s_query_t, s_query_h, s_page, s_head, s_block_table, s_words, s_list,
     batch, first_tile, slab, window, scale, factor, exponent, excess_mass,
+    left_mass,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
@@ -234,7 +235,7 @@ def prefill_thresholds_kernel(
                     # left of its weight: often enough after one step from far more mass.
                     keys = (kept + edges) * UNIT
                     b_left = b_row_mass - b_step * (2.0 * b_row_power - b_step * keys)
-                    m_unfinished &= b_left > 1.0 + excess_mass
+                    m_unfinished &= b_left > 1.0 + left_mass
                 unfinished = tl.max(m_unfinished.to(tl.int32), 0)
                 b_tau += b_step
                 if unfinished > 0:
