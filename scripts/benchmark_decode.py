@@ -301,6 +301,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    # Written after each case: a run that is cut short keeps what it has.
+    result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
     chosen = [SHAPES[name] for name in arguments.shapes]
     chosen.sort(key=lambda shape: shape[1:3])
     sparse = Gaussian if arguments.sparse == "gaussian" else TopK
@@ -316,10 +318,9 @@ def main() -> None:
                 case = Case(query_heads, kv_heads, head_size, batch, context, arguments.support)
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
                 rows += measure(case, pages, selectors, arguments.profile)
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         del raw, pages
         torch.cuda.empty_cache()
-    result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
