@@ -29,6 +29,7 @@ from entmaxkv_kernels import (
 from entmaxkv_kernels.reference.select import select_pages
 from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
+from entmaxkv_kernels.triton.filter import LEFT
 
 NUMBERS = ("error", "fallback", "pages_differ")
 """What a case can tell: the largest error over what is allowed, whether a row was left to the
@@ -166,7 +167,7 @@ def run_decodes(
     if set(family.alphas) != {1.0}:
         state = torch.stack([part["state"] for part in parts]).view(-1, family.query_heads)
         solved = on_device(torch.tensor(family.alphas) > 1)
-        left = ((state != 0) & solved).view(len(calls), -1).any(1)
+        left = ((state == LEFT.value) & solved).view(len(calls), -1).any(1)
 
     n = asked.position + 1
     pages = (n + family.page_size - 1) // family.page_size

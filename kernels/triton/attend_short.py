@@ -6,9 +6,10 @@
 import triton
 import triton.language as tl
 
-from .attend import DONE, LEFT, load_near, pack_above, sum_values
+from .attend import load_near, sum_values
 from .counters import SUPPORT, count_step
 from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, sum_moments
+from .filter import DONE, LEFT, pack_above
 from .scores import await_previous, page_source
 
 

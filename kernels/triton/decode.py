@@ -10,10 +10,11 @@ from torch import Tensor
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
 from ..selectors import Exact, Gaussian, Selector, TopK
-from .attend import attend_kernel, filter_kernel
+from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
+from .filter import filter_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel

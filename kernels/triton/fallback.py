@@ -11,9 +11,9 @@ the passes over its keys; where there is none, they return at once.
 import triton
 import triton.language as tl
 
-from .attend import DONE
 from .counters import SUPPORT
 from .entmax import FP16_WEIGHT, norm, weigh, weigh_scores
+from .filter import DONE
 from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
 from .values import weighted_columns
 
