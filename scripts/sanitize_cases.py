@@ -36,18 +36,9 @@ from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
 MODULES = (
-    *(
-        "append",
-        "attend",
-        "attend_short",
-        "collect",
-        "fallback",
-        "filter",
-        "gaussian",
-        "nearest",
-        "pages",
-    ),
-    *("prefill_softmax", "prefill_thresholds", "prefill_values", "softmax", "topk"),
+    *("append", "attend", "attend_short", "collect", "fallback", "filter", "gaussian"),
+    *("nearest", "pages", "prefill_softmax", "prefill_thresholds", "prefill_values"),
+    *("softmax", "topk"),
 )
 KV_HEADS, GROUP, PAGE = 1, 4, 16
 EXACT = Exact()
