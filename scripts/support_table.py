@@ -30,7 +30,7 @@ class Line:
         engine: arguments of vLLM's `EngineArgs` that stand for it.
         model: entries of config.json that stand for it.
         cpu, gpu: a test, `file::function`, that shows it through the engine (or, where the
-            engine adds nothing, in the attention functions) on that device.
+            engine adds nothing, in the attention functions) on that device, and has passed there.
         not_on_cpu, not_on_gpu: why that device does not have it, where no configuration is refused
             for it.
     """
@@ -103,6 +103,7 @@ CACHE = (
         "fp8 cache, `exact`",
         engine={"kv_cache_dtype": "fp8"},
         cpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
+        gpu=f"{GPU}test_an_fp8_cache_serves_in_graphs_and_answers_as_in_eager_steps",
     ),
     Line(
         "fp8 cache, a sparse selector",
@@ -155,7 +156,7 @@ SCHEDULING = (
     Line(
         "CUDA graphs for decode",
         not_on_cpu="it has none",
-        gpu=f"{GPU}test_captured_and_eager_steps_give_the_same_bits",
+        gpu=f"{GPU}test_an_fp8_cache_serves_in_graphs_and_answers_as_in_eager_steps",
     ),
     Line(
         "n-gram speculative decoding, `exact`",
@@ -179,7 +180,6 @@ SCHEDULING = (
     Line(
         "the selectors `topk` and `gaussian`",
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
-        gpu=f"{GPU}test_sparse_selectors_read_less_and_give_the_reference_s_tokens",
     ),
     Line(
         "statistics after reuse, preemption and shared prefixes",

@@ -14,6 +14,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
 MODEL = ROOT / "configs" / "models" / "llama-1b" / "config.json"
 
+ORDINARY_LAYER: dict[str, Any] = {
+    "head_size": 64,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "block_size": None,
+    "use_mla": False,
+    "has_sink": False,
+    "use_sparse": False,
+    "use_mm_prefix": False,
+    "use_per_head_quant_scales": False,
+    "device_capability": None,
+    "attn_type": "decoder",
+}
+"""What vLLM asks a backend about one attention layer of a decoder."""
+
 
 class Verdict(NamedTuple):
     """What holds on one device: `yes` with the test, `no` with the reason, or `untested`."""
@@ -29,7 +44,7 @@ def values() -> dict[str, str]:
     from entmaxkv_vllm.backend import HEAD_SIZES, EntmaxKVBackend
     from entmaxkv_vllm.config import PAGE_SIZES
 
-    kept = {*EntmaxKVBackend.supported_kv_cache_dtypes, "fp8", "fp8_e4m3"}
+    kept = EntmaxKVBackend.supported_kv_cache_dtypes
     others = [name for name in get_args(CacheDType) if name not in kept]
     return {
         "head_sizes": ", ".join(map(str, HEAD_SIZES)),
@@ -57,20 +72,7 @@ def refusal(line: Line) -> str:
 def _refused_layer(layer: dict[str, Any]) -> str:
     from entmaxkv_vllm.backend import EntmaxKVBackend
 
-    ordinary = {
-        "head_size": 64,
-        "dtype": torch.bfloat16,
-        "kv_cache_dtype": "auto",
-        "block_size": None,
-        "use_mla": False,
-        "has_sink": False,
-        "use_sparse": False,
-        "use_mm_prefix": False,
-        "use_per_head_quant_scales": False,
-        "device_capability": None,
-        "attn_type": "decoder",
-    }
-    return "; ".join(EntmaxKVBackend.validate_configuration(**ordinary | layer))
+    return "; ".join(EntmaxKVBackend.validate_configuration(**ORDINARY_LAYER | layer))
 
 
 def _refused_engine(engine: dict[str, Any], model: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tabulate_support import ORDINARY_LAYER
 from vllm.platforms.interface import DeviceCapability
 
 LLAMA = {
@@ -159,26 +160,6 @@ def test_compiled_kernels_without_a_gpu_are_refused(start, monkeypatch):
         start(options={"implementation": "triton"})
 
 
-@pytest.mark.parametrize("capability, refused", [((8, 0), True), ((8, 9), False), ((9, 0), False)])
-def test_an_fp8_cache_is_refused_on_a_gpu_without_fp8(capability, refused):
-    from entmaxkv_vllm.backend import EntmaxKVBackend
-
-    reasons = EntmaxKVBackend.validate_configuration(
-        head_size=64,
-        dtype=torch.bfloat16,
-        kv_cache_dtype="fp8",
-        block_size=None,
-        use_mla=False,
-        has_sink=False,
-        use_sparse=False,
-        use_mm_prefix=False,
-        use_per_head_quant_scales=False,
-        device_capability=DeviceCapability(*capability),
-        attn_type="decoder",
-    )
-    assert any("kv_cache_dtype=fp8 needs a GPU" in reason for reason in reasons) is refused
-
-
 def test_another_backend_is_left_alone(start):
     start(LLAMA | {"entmax_alpha": 7}, attention_backend=None)
 
@@ -233,19 +214,7 @@ def test_one_line_of_log_says_what_is_in_force_and_where_it_came_from(start):
 @pytest.fixture
 def layer():
     """What vLLM asks a backend about one attention layer."""
-    return {
-        "head_size": 64,
-        "dtype": torch.float16,
-        "kv_cache_dtype": "auto",
-        "block_size": None,
-        "use_mla": False,
-        "has_sink": False,
-        "use_sparse": False,
-        "use_mm_prefix": False,
-        "use_per_head_quant_scales": False,
-        "device_capability": None,
-        "attn_type": "decoder",
-    }
+    return ORDINARY_LAYER | {"dtype": torch.float16}
 
 
 def test_an_ordinary_decoder_layer_is_accepted(layer):
@@ -253,6 +222,15 @@ def test_an_ordinary_decoder_layer_is_accepted(layer):
 
     assert EntmaxKVBackend.validate_configuration(**layer) == []
     assert EntmaxKVBackend.validate_configuration(**layer | {"has_sliding_window": True}) == []
+
+
+@pytest.mark.parametrize("capability, refused", [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_an_fp8_cache_is_refused_on_a_gpu_without_fp8(layer, capability, refused):
+    from entmaxkv_vllm.backend import EntmaxKVBackend
+
+    layer |= {"kv_cache_dtype": "fp8", "device_capability": DeviceCapability(*capability)}
+    reasons = EntmaxKVBackend.validate_configuration(**layer)
+    assert any("kv_cache_dtype=fp8 needs a GPU" in reason for reason in reasons) is refused
 
 
 @pytest.mark.parametrize(

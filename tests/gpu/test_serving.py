@@ -118,13 +118,18 @@ def fingerprint(output):
 
 
 SEEN: dict[str, list] = {}
+"""Fingerprints of the prompts run alone, by engine."""
 
 
-def test_captured_and_eager_steps_give_the_same_bits(exact):
+def test_a_prompt_alone_gives_the_same_bits_twice(exact):
     SEEN[exact["name"]] = [fingerprint(output) for output in exact["alone"]]
     assert SEEN[exact["name"]][0] == SEEN[exact["name"]][-1]
-    if {"graphs-alone", "eager"} <= SEEN.keys():
-        assert SEEN["graphs-alone"] == SEEN["eager"]
+
+
+def test_captured_and_eager_steps_give_the_same_bits():
+    if not {"graphs-alone", "eager"} <= SEEN.keys():
+        pytest.skip("compares engines that were not both started in this run")
+    assert SEEN["graphs-alone"] == SEEN["eager"]
 
 
 @pytest.mark.parametrize("selector", ["topk", "gaussian"])
@@ -132,7 +137,6 @@ def test_sparse_selectors_read_less_and_give_the_reference_s_tokens(selector):
     with started(selector, compilation_config=GRAPHS) as llm:
         rounds = [generate(llm, PROMPTS) for _ in range(2)]
         counters = engine_counters(llm)
-    print(selector, counters, [differing(outputs, selector) for outputs in rounds])
     assert counters["sparse_steps"] > 0
     assert counters["pages_read"] < counters["pages_held"]
     for outputs in rounds:
