@@ -31,6 +31,20 @@ def load_near(p_near, b_count, o_list, o_j, limit, other):
 
 
 @triton.jit
+def solve_held(b_z, tau, b, ORDER: tl.constexpr):
+    """tau of the scores b_z, from a lower bound of it."""
+    # The loop takes no number that is known to the compiler for what it changes.
+    tau = tl.full([], 0.0, tl.float32) + tau
+    mass, slope = sum_moments(b_z, tau, b, ORDER)
+    steps = 0
+    while (mass > 1.0 + EXCESS_MASS) & (steps < NEWTON_STEPS):
+        tau += newton_step(mass, slope, 1.0, b, ORDER)
+        mass, slope = sum_moments(b_z, tau, b, ORDER)
+        steps += 1
+    return tau + newton_step(mass, slope, 1.0, b, ORDER)
+
+
+@triton.jit
 def solve_near(
     p_near_score, p_near_count, longest, lower, limit, b,
     FP: tl.constexpr, R: tl.constexpr, ORDER: tl.constexpr,
@@ -40,15 +54,8 @@ def solve_near(
     o_f, o_j = o_r // (R // FP), o_r % (R // FP)
     b_count = tl.load(p_near_count + o_f)
     b_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
-    tau = lower
-    mass, slope = sum_moments(b_z, tau, b, ORDER)
-    steps = 0
     # Of more candidates this is the threshold of a part: again a lower bound.
-    while (mass > 1.0 + EXCESS_MASS) & (steps < NEWTON_STEPS):
-        tau += newton_step(mass, slope, 1.0, b, ORDER)
-        mass, slope = sum_moments(b_z, tau, b, ORDER)
-        steps += 1
-    tau += newton_step(mass, slope, 1.0, b, ORDER)
+    tau = solve_held(b_z, lower, b, ORDER)
     going = longest > R // FP
     steps = 0
     while going & (steps < NEWTON_STEPS):
@@ -105,6 +112,20 @@ def sum_values(
 
 
 @triton.jit
+def store_head(
+    p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h, value_scale,
+    D: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Writes one part of a head's output, zeros for an empty row, and with the first counts its
+    support."""
+    b_out = b_acc / tl.where(n > 0, total, 1.0) * value_scale
+    p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+    if COUNT and i_d == 0:
+        tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def attend_kernel(
     p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_state,
     p_barrier, p_out, p_counters,
@@ -155,8 +176,7 @@ def attend_kernel(
         p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit,
         tau, b, s_page, D, P, BV // FP, ORDER,
     )  # fmt: skip
-    b_out = b_acc / tl.where(n > 0, total, 1.0) * value_scale
-    p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
-    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
-    if COUNT and i_d == 0:
-        tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
+    store_head(
+        p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h,
+        value_scale, D, COUNT,
+    )  # fmt: skip

@@ -6,9 +6,9 @@
 import triton
 import triton.language as tl
 
-from .attend import load_near, sum_values
-from .counters import SUPPORT, count_step
-from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, sum_moments
+from .attend import load_near, solve_held, store_head, sum_values
+from .counters import count_step
+from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
 from .scores import await_previous, page_source
 
@@ -69,14 +69,7 @@ def attend_short_kernel(
     # Of an empty row, or one of scores that are no numbers. Differences from the largest score are
     # exact near it, where the threshold may lie closer than the scores' own precision.
     b_z -= tl.where(peak > -float("inf"), peak, 0.0)
-    tau = -1.0
-    mass, slope = sum_moments(b_z, tau, b, ORDER)
-    steps = 0
-    while (mass > 1.0 + EXCESS_MASS) & (steps < NEWTON_STEPS):
-        tau += newton_step(mass, slope, 1.0, b, ORDER)
-        mass, slope = sum_moments(b_z, tau, b, ORDER)
-        steps += 1
-    tau += newton_step(mass, slope, 1.0, b, ORDER)
+    tau = solve_held(b_z, -1.0, b, ORDER)
 
     p_near_score += (i_head * FP).to(tl.int64) * limit
     p_near_slot += (i_head * FP).to(tl.int64) * limit
@@ -94,8 +87,7 @@ def attend_short_kernel(
         p_value, p_near_score, p_near_slot, b_first, b_first_slot, kept, o_f, o_v, o_d, kept, limit,
         tau, b, s_page, D, P, BV, ORDER,
     )  # fmt: skip
-    b_out = b_acc / tl.where(n > 0, total, 1.0) * value_scale
-    p_o = p_out + i_b.to(tl.int64) * s_out_b + i_hq * s_out_h + o_d
-    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
-    if COUNT and i_d == 0:
-        tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
+    store_head(
+        p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h,
+        value_scale, D, COUNT,
+    )  # fmt: skip

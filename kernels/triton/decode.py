@@ -22,13 +22,13 @@ from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
 from .workspace import Shape, budget_of, can_chain, processors
 
-CHOICE: dict[str, Any] = dict.fromkeys(
+NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
         *("p_listed", "p_listed_count", "p_reach", "p_page_maximum", "p_page_minimum"),
         *("budget", "BL", "PS", "PSP"),
     )
 )
-"""What a step has to do with that reads chosen pages."""
+"""What the kernels are given of a choice of pages where there is none."""
 
 
 def decode(
@@ -130,7 +130,7 @@ def decode(
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not arguments["GUESSED"]
     choosing = isinstance(selector, TopK) and not shape.long_rows and alone
-    arguments = CHOICE | arguments | {"CHOOSING": choosing}
+    arguments = NO_CHOICE | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache.statistics, selector, arguments)

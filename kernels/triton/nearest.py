@@ -86,14 +86,9 @@ def find(b_distance, found, far, within, wanted, slack):
     No page lies below `found`, and `within` below `far`, which is returned if these are not more
     than wanted.
     """
-    none = tl.full([], 0, tl.int32)
-    found, far, within, wanted, nearer = (
-        none + found,
-        none + far,
-        none + within,
-        none + wanted,
-        none,
-    )
+    nearer = tl.full([], 0, tl.int32)
+    # Loops take no numbers that are known to the compiler for what they change.
+    found, far, within, wanted = nearer + found, nearer + far, nearer + within, nearer + wanted
     if wanted >= within:
         found, nearer = far, wanted
     rounds = 0
@@ -184,35 +179,6 @@ def place_in_row(
     return b_place
 
 
-@triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
-def choose_kernel(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
-    p_listed, p_listed_count, p_counters,
-    s_block_table, list_stride, page_stride, exact_below, budget,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr,
-    PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """Lists the chosen pages of one short row in their order."""
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
-    i_row = i_b * HKV + i_h
-    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-    pages = (n + P - 1) // P
-    o_page = tl.arange(0, BL)
-    p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
-    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
-    await_previous(CHAINED)
-    allow_next(CHAINED)
-    b_place = place_in_row(
-        p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
-        G, BL, PS, PSP,
-    )  # fmt: skip
-    store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
-    list_rest(
-        p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),
-        ranked, pages, list_stride, COUNT,
-    )  # fmt: skip
-
-
 @triton.jit
 def list_own(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_listed,
@@ -222,7 +188,8 @@ def list_own(
     PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the chosen pages of one short row that split i_s reads: of S splits every S-th PAGES.
+    """Awaits the launch before; lists the chosen pages of one short row that split i_s reads, in
+    their order: of S splits every S-th PAGES.
 
     Every split stores their number, the same, and reads what it has stored itself.
     """
@@ -246,6 +213,24 @@ def list_own(
         count_read(p_counters, i_h, chosen + pages - ranked, ranked)
     # The program's other threads stored some of what a thread reads.
     tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
+def choose_kernel(
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+    p_listed, p_listed_count, p_counters,
+    s_block_table, list_stride, page_stride, exact_below, budget,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr,
+    PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Lists the chosen pages of one short row in their order."""
+    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    list_own(
+        p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_listed,
+        p_listed_count, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table, list_stride,
+        page_stride, exact_below, budget, G, P, 1, 1, BL, PS, PSP, EXACT_ROWS, COUNT, CHAINED,
+    )  # fmt: skip
+    allow_next(CHAINED)
 
 
 @triton.jit(do_not_specialize=["page_stride"])

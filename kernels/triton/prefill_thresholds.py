@@ -48,6 +48,17 @@ def recent_scores(
 
 
 @triton.jit
+def gather_flags(p_words, b_flags, b_tile_flags, i_t, count, EACH: tl.constexpr):
+    """Adds the EACH flags of tile i_t of `count` to those of the tiles before it, and stores them
+    where their word is complete; returns those of a word that is not."""
+    b_flags |= b_tile_flags << (i_t % (32 // EACH) * EACH)
+    complete = ((i_t + 1) % (32 // EACH) == 0) | (i_t == count - 1)
+    if complete:
+        tl.store(p_words + i_t // (32 // EACH), any_flag(b_flags))
+    return tl.where(complete, 0, b_flags)
+
+
+@triton.jit
 def add_spaced(
     rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, first, count, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SPACE: tl.constexpr,
@@ -71,11 +82,7 @@ def add_spaced(
         b_mass += b_tile_mass
         b_power += b_tile_power
         if SPACE == 1:
-            b_flags |= b_tile_flags << (i_t % (32 // each) * each)
-            complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
-            if complete:
-                tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
-            b_flags = tl.where(complete, 0, b_flags)
+            b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
     return b_mass, b_power
 
 
@@ -98,11 +105,7 @@ def add_listed(
         b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-        b_flags |= b_tile_flags << (i_t % (32 // each) * each)
-        complete = ((i_t + 1) % (32 // each) == 0) | (i_t == count - 1)
-        if complete:
-            tl.store(p_words + i_t // (32 // each), any_flag(b_flags))
-        b_flags = tl.where(complete, 0, b_flags)
+        b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
     return b_mass, b_power
 
 
@@ -157,8 +160,7 @@ def prefill_thresholds_kernel(
     p_units,  # [programs, s_list] int32
     p_offsets,  # [programs, s_list] int64
     s_query_t, s_query_h, s_page, s_head, s_block_table, s_words, s_list,
-    batch, first_tile, slab, window, scale, factor, exponent, excess_mass,
-    left_mass,
+    batch, first_tile, slab, window, scale, factor, exponent, excess_mass, left_mass,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
