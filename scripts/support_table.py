@@ -180,6 +180,7 @@ SCHEDULING = (
     Line(
         "the selectors `topk` and `gaussian`",
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{GPU}test_sparse_selectors_read_less_and_give_the_reference_s_tokens",
     ),
     Line(
         "statistics after reuse, preemption and shared prefixes",
