@@ -170,17 +170,25 @@ def time_per_token(llm: Any, context: int, requests: int) -> float:
 
 
 def run_arm(
-    shape: str, arm: str, contexts: list[int], requests: int, args: Any, turn: Any, out: Any
+    shape: str,
+    arm: str,
+    contexts: list[int],
+    args: argparse.Namespace,
+    imported: Any,
+    turn: Any,
+    out: Any,
 ) -> None:
     """Measure one engine in this process, alone on the GPU, and send rows."""
-    # What takes long to import is imported while another arm has the GPU.
+    # Imports are done at once, and before the first arm is timed: they would slow its host.
     import vllm.model_executor.models.llama
     import vllm.v1.worker.gpu.model_runner  # noqa: F401
     from vllm import LLM  # noqa: F401
 
     from entmaxkv_vllm.telemetry import engine_counters
 
+    imported.wait(args.limit)
     turn.wait()
+    requests = args.requests
     # An arm that hangs says where, and makes room for the next.
     faulthandler.dump_traceback_later(args.limit, exit=True)
     start = time.perf_counter()
@@ -252,17 +260,21 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     spawn = multiprocessing.get_context("spawn")
     out: Any = spawn.Queue()
-    arms = []
+    engines: list[tuple[str, str, list[int]]] = []
     for shape in args.shape:
         for arm in args.arm:
             # The budget is a share of the context and one for an engine.
             parts = [[c] for c in args.context] if arm == "topk" else [args.context]
-            for part in parts:
-                turn = spawn.Event()
-                work = (shape, arm, part, args.requests, args, turn, out)
-                arms.append((spawn.Process(target=run_arm, args=work, daemon=True), turn))
+            engines += [(shape, arm, part) for part in parts]
+    imported = spawn.Barrier(len(engines) + 1)
+    arms = []
+    for work in engines:
+        turn = spawn.Event()
+        rest = (args, imported, turn, out)
+        arms.append((spawn.Process(target=run_arm, args=(*work, *rest), daemon=True), turn))
     for process, _ in arms:
         process.start()
+    imported.wait(args.limit)
     rows: list[dict[str, Any]] = []
     for process, turn in arms:
         turn.set()
