@@ -1,12 +1,13 @@
 """Time per output token inside vLLM beside FLASH_ATTN, and write docs/results/serving-*.json.
 
 Models are Llama shapes with dummy weights. Each arm is an engine in a process of its own, on the
-same GPU and in the same run, one after the other. Prompts are not computed: as vLLM's
-DecodeBenchConnector does, the pages of a request are filled with normal numbers, and for ENTMAXKV
-written again through `append`, which makes the statistics those of the keys. The keys are scaled so
-that scores have the standard deviation --score-spread, with norms of weight one and embeddings of
-ordinary size in place of the dummy weights, which would give queries of zero. `support` in a row
-says how many tokens had weight.
+same GPU and in the same run, one after the other, once all have imported vLLM.
+
+Prompts are not computed: as vLLM's DecodeBenchConnector does, the pages of a request are filled
+with normal numbers, and for ENTMAXKV written again through `append`, which makes the statistics
+those of the keys. The keys are scaled so that scores have the standard deviation --score-spread,
+with norms of weight one and embeddings of ordinary size in place of the dummy weights, which would
+give queries of zero. `support` in a row says how many tokens had weight.
 
 ENTMAXKV refuses KV connectors, which could leave statistics stale; only here, where the connector
 keeps them, it is made to accept one.
@@ -180,11 +181,15 @@ def run_arm(
 ) -> None:
     """Measure one engine in this process, alone on the GPU, and send rows."""
     # Imports are done at once, and before the first arm is timed: they would slow its host.
-    import vllm.model_executor.models.llama
-    import vllm.v1.worker.gpu.model_runner  # noqa: F401
-    from vllm import LLM  # noqa: F401
+    try:
+        import vllm.model_executor.models.llama
+        import vllm.v1.worker.gpu.model_runner  # noqa: F401
+        from vllm import LLM  # noqa: F401
 
-    from entmaxkv_vllm.telemetry import engine_counters
+        from entmaxkv_vllm.telemetry import engine_counters
+    except BaseException:
+        imported.abort()  # the others would wait for it
+        raise
 
     imported.wait(args.limit)
     turn.wait()
@@ -198,6 +203,7 @@ def run_arm(
         before = engine_counters(llm) if arm != "FLASH_ATTN" else {}
         values = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
         row: dict[str, Any] = {
+            "run": args.run,
             "model": shape,
             "requests": requests,
             "context": context,
@@ -254,6 +260,7 @@ def main() -> None:
     parser.add_argument("--score-spread", type=float, default=1.0)
     parser.add_argument("--limit", type=int, default=600, help="seconds for one engine")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--run", default="A", help="name of this run in its rows")
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
     measured = about(args.commit)

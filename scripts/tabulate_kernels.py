@@ -110,24 +110,27 @@ def reference_table(result: dict[str, Any]) -> list[str]:
 
 def fuzz_table(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['cases']:,} cases, {result['failures']} failures.", ""]
-    lines.append("| family | cases | worst error, of 1 allowed | other pages |")
-    lines.append("|---|---|---|---|")
+    lines.append("| family | cases | with fallback | worst error, of 1 allowed | other pages |")
+    lines.append("|---|---|---|---|---|")
     for name, row in result["families"].items():
         lines.append(
-            f"| {name} | {row['cases']} "
+            f"| {name} | {row['cases']} | {row['cases_with_fallback']} "
             f"| {row['worst_error']:.2f} | {row['rows_with_other_pages']:.2%} |"
         )
     return lines
 
 
 def serving_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| model | requests | context | selector | pages read | ms | FLASH_ATTN ms | ratio |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| run | model | requests | context | selector | pages read | ms | FLASH_ATTN ms | ratio |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in result["rows"]:
         if row["selector"] != "FLASH_ATTN":
             lines.append(
-                f"| {row['model']} | {row['requests']} | {thousands(row['context'])} "
-                f"| {row['selector']} | {row['pages_read_share']:.1%} | {row['tpot_ms']:.2f} "
+                f"| {row['run']} | {row['model']} | {row['requests']} "
+                f"| {thousands(row['context'])} | {row['selector']} "
+                f"| {row['pages_read_share']:.1%} | {row['tpot_ms']:.2f} "
                 f"| {row['tpot_ms_flash_attn']:.2f} | {row['ratio_flash_attn']:.2f} |"
             )
     return lines

@@ -35,6 +35,23 @@ def test_measured_steps_read_what_they_say():
             assert row.get("error", 0) <= 2**-8
 
 
+def test_serving_is_compared_within_a_run_and_sparse_selectors_left_pages_unread():
+    rows = json.loads((DOCS / "results" / "serving-h200.json").read_text())["rows"]
+
+    def place(row):
+        return row["run"], row["model"], row["requests"], row["context"]
+
+    flash = {place(row): row["tpot_ms"] for row in rows if row["selector"] == "FLASH_ATTN"}
+    ours = [row for row in rows if row["selector"] != "FLASH_ATTN"]
+    assert {row["selector"] for row in ours} == {"exact", "topk", "gaussian"}
+    for row in ours:
+        assert row["ratio_flash_attn"] == pytest.approx(flash[place(row)] / row["tpot_ms"])
+        assert row["steps"] > 0 and row["support"] > 0
+        sparse = row["selector"] != "exact"
+        assert (row["sparse_steps"] > 0.99 * row["steps"]) if sparse else row["sparse_steps"] == 0
+        assert (row["pages_read_share"] < 1) is sparse
+
+
 def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):
     assert {row["context"] for row in result["answers"]} == {2048, 4096, 8192}
     for row in result["answers"]:
