@@ -16,6 +16,7 @@ keeps them, it is made to accept one.
 import argparse
 import contextlib
 import faulthandler
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,8 +48,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 128,
     },
 }
-TOKENS = 128
+TOKENS = 144
 SKIPPED = 16
+WINDOW = 8
+"""Tokens that are timed together: an engine that is a step ahead returns tokens unevenly."""
 REQUESTS = 3
 ROOM = 512
 SETTINGS = {"topk": {"selector": "topk"}, "exact": {}, "gaussian": {"selector": "gaussian"}}
@@ -153,8 +156,9 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
     return llm
 
 
-def time_per_token(llm: Any, context: int, requests: int) -> float:
-    """Milliseconds between output tokens of `requests` requests at `context` tokens."""
+def time_per_token(llm: Any, context: int, requests: int) -> list[float]:
+    """Milliseconds between output tokens of `requests` requests at `context` tokens, window after
+    window."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -166,8 +170,8 @@ def time_per_token(llm: Any, context: int, requests: int) -> float:
     while llm.llm_engine.has_unfinished_requests():
         if llm.llm_engine.step():
             times.append(time.perf_counter())
-    kept = times[SKIPPED:-1]
-    return (kept[-1] - kept[0]) / (len(kept) - 1) * 1e3
+    kept = times[SKIPPED:-1:WINDOW]
+    return [(end - start) / WINDOW * 1e3 for start, end in itertools.pairwise(kept)]
 
 
 def run_arm(
@@ -201,15 +205,16 @@ def run_arm(
     print(f"{shape} {arm}: started in {time.perf_counter() - start:.0f} s", flush=True)
     for context in contexts:
         before = engine_counters(llm) if arm != "FLASH_ATTN" else {}
-        values = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
+        windows = [time_per_token(llm, context, requests) for _ in range(REQUESTS)]
         row: dict[str, Any] = {
             "run": args.run,
             "model": shape,
             "requests": requests,
             "context": context,
             "selector": arm,
-            "tpot_ms": statistics.median(values),
-            "all_ms": values,
+            "tpot_ms": statistics.median(itertools.chain(*windows)),
+            "mean_ms": [statistics.fmean(each) for each in windows],
+            "slowest_ms": [max(each) for each in windows],
             "compiled": args.compile,
             "score_spread": args.score_spread,
         }
