@@ -47,6 +47,11 @@ def start(args: argparse.Namespace) -> Any:
         num_gpu_blocks_override=args.blocks,
         gpu_memory_utilization=0.3,
         enforce_eager=args.eager,
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "NONE" if args.eager else "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [] if args.eager else [1, 8, args.running],
+        },
         disable_log_stats=False,
         seed=0,
     )
