@@ -1,10 +1,11 @@
-"""Print what one engine answers to a few prompts run alone, to the bit, as JSON on the last line.
+"""Write what one engine answers to a few prompts run alone, to the bit, to a JSON file.
 
-Usage: PYTHONPATH=tests python -m gpu.alone graphs-alone|eager
+Usage: PYTHONPATH=tests python -m gpu.alone graphs-alone|eager FILE
 """
 
 import json
 import sys
+from pathlib import Path
 
 import conftest  # noqa: F401  settings of vLLM
 
@@ -18,7 +19,7 @@ def main() -> None:
             # A cached prefix was computed in other chunks, in another order of sums.
             llm.reset_prefix_cache()
             answers += [fingerprint(output) for output in generate(llm, [ids], logprobs=5)]
-    print(json.dumps(answers))
+    Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -124,16 +124,15 @@ def test_a_prompt_alone_gives_the_same_bits_twice(exact):
     assert prints[0] == prints[-1]
 
 
-def test_captured_and_eager_steps_give_the_same_bits():
+def test_captured_and_eager_steps_give_the_same_bits(tmp_path):
     # Each in a process of its own: engines after a compiled one in a process were seen to differ.
-    command = [sys.executable, "-m", "gpu.alone"]
-    running = [
-        subprocess.Popen(
-            [*command, name], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-        )
-        for name in ("graphs-alone", "eager")
-    ]
-    captured, eager = (json.loads(each.communicate()[0].splitlines()[-1]) for each in running)
+    def answers(name):
+        file = tmp_path / name
+        command = [sys.executable, "-m", "gpu.alone", name, str(file)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+        return json.loads(file.read_text())
+
+    captured, eager = answers("graphs-alone"), answers("eager")
     assert len(captured) == len(ALONE)
     first_difference = {
         prompt: next(
