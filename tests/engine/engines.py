@@ -9,6 +9,7 @@ from entmaxkv_vllm import DEMO_MODEL
 @contextlib.contextmanager
 def engine(model=DEMO_MODEL, **options):
     """A `vllm.LLM` with ENTMAXKV in float32; everything it allocated is freed at the end."""
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -20,6 +21,9 @@ def engine(model=DEMO_MODEL, **options):
         "disable_log_stats": False,
         "seed": 0,
     }
+    if torch.cuda.is_available():
+        # So that several test processes can share a GPU: its free memory is nobody's measure.
+        settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
     llm = LLM(str(model), **{**settings, **options})
     try:
         yield llm

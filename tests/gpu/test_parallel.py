@@ -23,7 +23,6 @@ def test_two_gpus_give_the_tokens_of_the_reference(split, selector):
         "max_model_len": 4096 + 64,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 24,
-        "gpu_memory_utilization": 0.2,
         "additional_config": {"entmaxkv": RECORD["options"][selector]},
         "compilation_config": {
             "mode": 0,

@@ -85,6 +85,7 @@ def exact(request):
             "preemptions": metric(llm, "vllm:num_preemptions"),
             "hits": metric(llm, "vllm:prefix_cache_hits"),
             "counters": {name: counted[name] - before[name] for name in counted},
+            "async": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         }
 
 
@@ -100,6 +101,10 @@ def test_the_compiled_kernels_served(exact):
 def test_requests_were_preempted_and_prefixes_cached(exact):
     assert exact["preemptions"] > 0
     assert exact["hits"] > 0
+
+
+def test_steps_were_scheduled_while_the_one_before_ran(exact):
+    assert exact["async"]
 
 
 def test_every_decoded_token_is_counted_right_after_the_last_step(exact):
