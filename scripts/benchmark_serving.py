@@ -24,6 +24,7 @@ import queue
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ SKIPPED = 16
 WINDOW = 8
 """Tokens that are timed together: an engine that is a step ahead returns tokens unevenly."""
 REQUESTS = 3
+PROFILED = 32
 ROOM = 512
+CONTEXTS = [2048, 8192, 32768, 131072, 524288]
 SETTINGS = {"topk": {"selector": "topk"}, "exact": {}, "gaussian": {"selector": "gaussian"}}
 
 
@@ -105,13 +108,18 @@ def accept_the_connector() -> None:
 LAYERS: dict[str, Any] = {}
 
 
+def cache_bytes(shape: str, context: int, requests: int) -> int:
+    """Bytes of a cache of bf16 that holds the requests, page statistics included."""
+    sizes = SHAPES[shape]
+    token = 2 * 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+    return int(1.2 * requests * context * token) + (1 << 28)
+
+
 def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) -> Any:
     """An engine whose cache holds the requests at their longest."""
     from vllm import LLM
 
-    longest = max(contexts) + ROOM
-    sizes = SHAPES[shape]
-    token = 2 * 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+    longest, sizes = max(contexts) + ROOM, SHAPES[shape]
     options: dict[str, Any] = {"attention_backend": "FLASH_ATTN"}
     if arm != "FLASH_ATTN":
         accept_the_connector()
@@ -136,7 +144,7 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
         max_num_seqs=max(2, requests),
         max_num_batched_tokens=8192,
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=int(1.2 * requests * longest * token) + (1 << 28),
+        kv_cache_memory_bytes=cache_bytes(shape, longest, requests),
         compilation_config=graphs,
         kv_transfer_config={
             "kv_connector": "DecodeBenchConnector",
@@ -156,9 +164,8 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
     return llm
 
 
-def time_per_token(llm: Any, context: int, requests: int) -> list[float]:
-    """Milliseconds between output tokens of `requests` requests at `context` tokens, window after
-    window."""
+def decode(llm: Any, context: int, requests: int) -> Iterator[float]:
+    """Times at which `requests` requests at `context` tokens got each of their tokens."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -166,18 +173,46 @@ def time_per_token(llm: Any, context: int, requests: int) -> list[float]:
     for number in range(requests):
         prompt = TokensPrompt(prompt_token_ids=[5 + number] * context)
         llm.llm_engine.add_request(str(number), prompt, params)
-    times: list[float] = []
     while llm.llm_engine.has_unfinished_requests():
         if llm.llm_engine.step():
-            times.append(time.perf_counter())
-    kept = times[SKIPPED:-1:WINDOW]
+            yield time.perf_counter()
+
+
+def time_per_token(llm: Any, context: int, requests: int) -> list[float]:
+    """Milliseconds between output tokens, window after window."""
+    kept = list(decode(llm, context, requests))[SKIPPED:-1:WINDOW]
     return [(end - start) / WINDOW * 1e3 for start, end in itertools.pairwise(kept)]
+
+
+def busy_per_token(llm: Any, context: int, requests: int) -> float:
+    """Milliseconds for each output token in which the GPU runs a kernel.
+
+    Where it is less than the time per token, the host sets the pace.
+    """
+    tokens = decode(llm, context, requests)
+    list(itertools.islice(tokens, SKIPPED))
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        list(itertools.islice(tokens, PROFILED))
+        torch.cuda.synchronize()
+    list(tokens)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, last = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return busy / PROFILED / 1e3
 
 
 def run_arm(
     shape: str,
     arm: str,
     contexts: list[int],
+    requests: int,
     args: argparse.Namespace,
     imported: Any,
     turn: Any,
@@ -197,7 +232,6 @@ def run_arm(
 
     imported.wait(args.limit)
     turn.wait()
-    requests = args.requests
     # An arm that hangs says where, and makes room for the next.
     faulthandler.dump_traceback_later(args.limit, exit=True)
     start = time.perf_counter()
@@ -215,6 +249,7 @@ def run_arm(
             "tpot_ms": statistics.median(itertools.chain(*windows)),
             "mean_ms": [statistics.fmean(each) for each in windows],
             "slowest_ms": [max(each) for each in windows],
+            "gpu_busy_ms": busy_per_token(llm, context, requests),
             "compiled": args.compile,
             "score_spread": args.score_spread,
         }
@@ -244,12 +279,17 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["model"], row["requests"], row["context"]
 
-    flash = {place(row): row["tpot_ms"] for row in rows if row["selector"] == "FLASH_ATTN"}
+    flash = {place(row): row for row in rows if row["selector"] == "FLASH_ATTN"}
     result = []
     for row in rows:
         if row["selector"] != "FLASH_ATTN" and place(row) in flash:
             other = flash[place(row)]
-            more = {"tpot_ms_flash_attn": other, "ratio_flash_attn": other / row["tpot_ms"]}
+            more = {
+                "tpot_ms_flash_attn": other["tpot_ms"],
+                "ratio_flash_attn": other["tpot_ms"] / row["tpot_ms"],
+                "gpu_busy_ms_flash_attn": other["gpu_busy_ms"],
+                "ratio_gpu_busy": other["gpu_busy_ms"] / row["gpu_busy_ms"],
+            }
             row = row | more
         result.append(row)
     return result
@@ -260,8 +300,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--arm", nargs="+", default=["FLASH_ATTN", *SETTINGS])
-    parser.add_argument("--context", nargs="+", type=int, default=[32768, 131072])
-    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--requests", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--cache-limit", type=float, default=100e9, help="bytes of a cache")
     parser.add_argument("--score-spread", type=float, default=1.0)
     parser.add_argument("--limit", type=int, default=600, help="seconds for one engine")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -272,12 +313,17 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     spawn = multiprocessing.get_context("spawn")
     out: Any = spawn.Queue()
-    engines: list[tuple[str, str, list[int]]] = []
-    for shape in args.shape:
-        for arm in args.arm:
+    engines: list[tuple[str, str, list[int], int]] = []
+    for shape, requests in itertools.product(args.shape, args.requests):
+        contexts = [c for c in args.context if cache_bytes(shape, c, requests) < args.cache_limit]
+        for context in sorted(set(args.context) - set(contexts)):
+            print(
+                f"{shape}: {requests} requests of {context} tokens exceed --cache-limit: left out"
+            )
+        for arm in args.arm if contexts else []:
             # The budget is a share of the context and one for an engine.
-            parts = [[c] for c in args.context] if arm == "topk" else [args.context]
-            engines += [(shape, arm, part) for part in parts]
+            parts = [[c] for c in contexts] if arm == "topk" else [contexts]
+            engines += [(shape, arm, part, requests) for part in parts]
     imported = spawn.Barrier(len(engines) + 1)
     arms = []
     for work in engines:
