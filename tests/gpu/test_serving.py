@@ -32,6 +32,7 @@ ENGINES = {
     "as-by-default": {"compilation_config": {"cudagraph_capture_sizes": SIZES}},
     "graphs-alone": {"compilation_config": GRAPHS},
     "eager": {"enforce_eager": True},
+    "older-runner": {"compilation_config": GRAPHS},
 }
 
 
@@ -68,25 +69,36 @@ def differing(outputs, selector):
 @pytest.fixture(scope="module", params=ENGINES)
 def exact(request):
     """What the checks of the exact selector need of one engine, stopped before the next starts."""
-    with started("exact", **ENGINES[request.param]) as llm:
-        rounds = [generate(llm, PROMPTS) for _ in range(2)]
-        before = engine_counters(llm)
-        alone = []
-        for ids in [*ALONE, ALONE[0]]:
-            # A cached prefix was computed in other chunks, in another order of sums.
-            llm.reset_prefix_cache()
-            alone += generate(llm, [ids], logprobs=5)
-        counted = engine_counters(llm)
-        yield {
-            "name": request.param,
-            "rounds": rounds,
-            "alone": alone,
-            "kernels": {layer.impl.kernels for layer in layers_of(llm)},
-            "preemptions": metric(llm, "vllm:num_preemptions"),
-            "hits": metric(llm, "vllm:prefix_cache_hits"),
-            "counters": {name: counted[name] - before[name] for name in counted},
-            "async": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
-        }
+    older = request.param == "older-runner"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if older else "1")
+        with started("exact", **ENGINES[request.param]) as llm:
+            yield measured(llm, request.param)
+
+
+def measured(llm, name):
+    """Rounds of all prompts, some alone, and what was counted meanwhile."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    older = ".gpu_model_runner" in type(worker.model_runner).__module__
+    assert older == (name == "older-runner")
+    rounds = [generate(llm, PROMPTS) for _ in range(2)]
+    before = engine_counters(llm)
+    alone = []
+    for ids in [*ALONE, ALONE[0]]:
+        # A cached prefix was computed in other chunks, in another order of sums.
+        llm.reset_prefix_cache()
+        alone += generate(llm, [ids], logprobs=5)
+    counted = engine_counters(llm)
+    return {
+        "name": name,
+        "rounds": rounds,
+        "alone": alone,
+        "kernels": {layer.impl.kernels for layer in layers_of(llm)},
+        "preemptions": metric(llm, "vllm:num_preemptions"),
+        "hits": metric(llm, "vllm:prefix_cache_hits"),
+        "counters": {name: counted[name] - before[name] for name in counted},
+        "async": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
+    }
 
 
 @pytest.mark.parametrize("turn", [0, 1], ids=["uncached", "with-prefix-cache-hits"])
