@@ -136,6 +136,38 @@ def serving_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def server_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model | selector | requests | pages read | requests/s | output tokens/s "
+        "| first token ms, p50 | p99 | output token ms, p50 | p99 |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        first, each = row["first_token_ms"], row["per_output_token_ms"]
+        read = f"{row['pages_read'] / row['pages_held']:.1%}" if row["pages_held"] else ""
+        lines.append(
+            f"| {row['model']} | {row['selector']} | {row['requests']} | {read} "
+            f"| {row['requests_per_second']:.2f} | {row['output_tokens_per_second']:.0f} "
+            f"| {first['p50']:.0f} | {first['p99']:.0f} | {each['p50']:.1f} | {each['p99']:.1f} |"
+        )
+    return lines
+
+
+def soak_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| selector | requests | aborted | preempted | tokens | blocks compared | wrong "
+        "| blocks missing | bytes missing |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['selector']} | {row['requests']} | {row['aborted']} "
+            f"| {row['num_preemptions']} | {row['tokens']} | {row['blocks_compared']} "
+            f"| {row['blocks_wrong']} | {row['blocks_not_free']} | {row['memory_growth']} |"
+        )
+    return lines
+
+
 def sanitizer_table(result: dict[str, Any]) -> list[str]:
     lines = ["| tool | ended | cases | kernels | errors |", "|---|---|---|---|---|"]
     for row in result["rows"]:
@@ -161,6 +193,8 @@ SECTIONS = (
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
+    ("server-h200.json", "A server under mixed requests", server_table),
+    ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),
     ("fuzz-h200.json", "Random cases against fp64", fuzz_table),
     ("sanitizer-h200.json", "compute-sanitizer", sanitizer_table),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import measure_fidelity
 import pytest
+import soak
 import tabulate_kernels
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -50,6 +51,12 @@ def test_serving_is_compared_within_a_run_and_sparse_selectors_left_pages_unread
         sparse = row["selector"] != "exact"
         assert (row["sparse_steps"] > 0.99 * row["steps"]) if sparse else row["sparse_steps"] == 0
         assert (row["pages_read_share"] < 1) is sparse
+
+
+def test_the_soak_tested_what_it_is_for_and_found_nothing():
+    for row in json.loads((DOCS / "results" / "soak-h200.json").read_text())["rows"]:
+        assert row["requests"] >= 2000
+        assert soak.complaints(row) == []
 
 
 def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):
