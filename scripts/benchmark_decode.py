@@ -216,16 +216,19 @@ def exact_error(
     return ((out[0, :group].double() - exact).norm() / exact.norm()).item()
 
 
-def read_bytes(case: Case, row: dict[str, Any], selector: Selector, size: int) -> int:
+def read_bytes(case: Case, row: dict[str, Any], selector: Selector, pages: PagedCache) -> int:
     """Bytes of keys, values and statistics that one step cannot do without.
 
     The values are those of a KV head's query heads together, which share some: a little too many.
     """
     rows, tokens = case.batch * case.kv_heads, case.context
-    statistics_read = rows * tokens // PAGE_SIZE * len(selector.statistics)
+    statistics_read = 0
+    if selector.statistics:
+        own = pages.statistics[0, 0].nbytes + pages.scales[0, 0].nbytes
+        statistics_read = rows * tokens // PAGE_SIZE * own
     keys = rows * tokens * row["pages_read"]
     values = case.batch * case.query_heads * tokens * row["support"]
-    return int((statistics_read + keys + values) * case.head_size * size)
+    return statistics_read + int((keys + values) * case.head_size * pages.key.itemsize)
 
 
 def measure(
@@ -267,7 +270,7 @@ def measure(
             "fa3_us_spread": max(max(us[arm]) - min(us[arm]) for arm in flash),
             "ratio_fa3": flash_us / median["entmax"],
         }
-        row["bytes"] = read_bytes(case, row, selector, pages.key.itemsize)
+        row["bytes"] = read_bytes(case, row, selector, pages)
         if isinstance(selector, Exact):
             row["error"] = exact_error(case, pages, tables, queries, outs[0])
         if profiled:
