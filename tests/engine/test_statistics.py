@@ -122,6 +122,6 @@ def test_the_statistics_are_planned_in_vllms_cache_memory(llm):
         size = layer.head_size
         if layer.impl.config.selector == "gaussian":
             elements = (2 + 2 / 16) * size
-        else:  # 16 keys and values and a box, in elements of at least 2 bytes and in 64 bytes
-            elements = math.ceil((64 * size + 2 * size + 8) / 64) * 64 / 2 / 16
+        else:  # 16 keys and values and a box, in elements of 2 bytes, to a multiple of 128 bytes
+            elements = math.ceil((64 * size + 2 * size + 8) / 128) * 128 / 2 / 16
         assert spec.state_content_bytes == elements * 4

@@ -63,7 +63,7 @@ def test_a_box_lies_behind_the_values_and_its_scales_at_the_end(layout, dtype):
 
 @pytest.mark.parametrize("layout", BOXED, ids=str)
 def test_pages_with_boxes_are_aligned_for_reading(layout):
-    assert layout.elements_per_page * 2 % 64 == 0
+    assert layout.elements_per_page * 2 % 128 == 0
     assert layout.elements_per_page == layout.elements_per_token * layout.page_size
 
 
@@ -77,9 +77,9 @@ def test_scales_that_would_not_be_aligned_are_refused():
 def test_elements_per_token_count_the_statistics():
     assert PageLayout(16, 64).elements_per_token == 128
     assert PageLayout(16, 64, ("mean", "std")).elements_per_token == 136
-    # 8192 bytes of keys and values, 256 of the box, 8 of its scales, and padding to 133 * 64.
-    assert PageLayout(16, 128, BOX).elements_per_token * 16 * 2 == 8512
-    assert PageLayout(32, 80, BOX).elements_per_token == 163
+    # 8192 bytes of keys and values, 256 of the box, 8 of its scales, and padding to 67 * 128.
+    assert PageLayout(16, 128, BOX).elements_per_token * 16 * 2 == 8576
+    assert PageLayout(32, 80, BOX).elements_per_token == 164
 
 
 @pytest.mark.parametrize(
