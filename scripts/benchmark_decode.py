@@ -50,7 +50,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table; `support` is the mean share of tokens with weight, per query head."""
+    """One row of the table.
+
+    support: the mean share of tokens with weight, per query head.
+    table_tokens: what the block table has room for, as an engine's has for its longest request.
+    """
 
     query_heads: int
     kv_heads: int
@@ -58,11 +62,17 @@ class Case:
     batch: int
     context: int
     support: float
+    table_tokens: int
 
     @property
     def sets(self) -> int:
         """How many sets of pages the pool holds."""
         return max(1, POOL_TOKENS // (self.batch * self.context))
+
+    @property
+    def pages(self) -> int:
+        """Pages of a sequence."""
+        return self.context // PAGE_SIZE
 
 
 def clustered_keys(tokens: int, kv_heads: int, head_size: int) -> torch.Tensor:
@@ -99,7 +109,7 @@ def calibrated_queries(case: Case, pages: PagedCache, tables: torch.Tensor) -> t
     shape = (case.sets, case.batch, case.query_heads, case.head_size)
     queries = torch.randn(shape, device="cuda")
     group = case.query_heads // case.kv_heads
-    keys = pages.key[tables[0, 0].long(), 0].flatten(0, 1).double()
+    keys = pages.key[tables[0, 0, : case.pages].long(), 0].flatten(0, 1).double()
     z = queries[0, 0, :group].double() @ keys.T * (0.5 * case.head_size**-0.5)
     low, high = 1e-2, 1e2
     for _ in range(24):
@@ -168,7 +178,7 @@ def entmax_steps(
         case.head_size,
         PAGE_SIZE,
         pages.key.dtype,
-        case.context,
+        case.table_tokens,
         selector=selector,
     )
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -208,7 +218,8 @@ def exact_error(
     """Relative error of the output of the first sequence's first KV head against fp64."""
     group = case.query_heads // case.kv_heads
     key, value = (
-        x[tables[0, 0].long(), 0].flatten(0, 1).double() for x in (pages.key, pages.value)
+        x[tables[0, 0, : case.pages].long(), 0].flatten(0, 1).double()
+        for x in (pages.key, pages.value)
     )
     z = queries[0, 0, :group].double() @ key.T * (0.5 * case.head_size**-0.5)
     weights = (z - entmax_threshold_sort(z, 1.5)[..., None]).clamp_min(0).square()
@@ -235,9 +246,10 @@ def measure(
     case: Case, pages: PagedCache, selectors: dict[str, Selector], profiled: bool
 ) -> list[dict[str, Any]]:
     """One row for each selector, whose names are those of the rows' kernels."""
-    pages_each = case.context // PAGE_SIZE
+    shape = case.sets, case.batch, case.pages
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
-    tables = order[: case.sets * case.batch * pages_each].view(case.sets, case.batch, pages_each)
+    tables = order[: math.prod(shape)].view(shape)
+    tables = torch.nn.functional.pad(tables, (0, case.table_tokens // PAGE_SIZE - case.pages))
     queries = calibrated_queries(case, pages, tables)
     flash = flash_attention(case, pages, tables, queries)
     rows = []
@@ -260,6 +272,7 @@ def measure(
             "kv_heads": case.kv_heads,
             "head_size": case.head_size,
             "context": case.context,
+            "table_tokens": case.table_tokens,
             "pages_read": read / held,
             "support": support / case.context,
             "us": median["entmax"],
@@ -300,6 +313,9 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
     )
+    parser.add_argument(
+        "--table-tokens", type=int, default=0, help="room of the block table; at least the context"
+    )
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -318,7 +334,9 @@ def main() -> None:
             for context in contexts:
                 if arguments.contexts and context not in arguments.contexts:
                     continue
-                case = Case(query_heads, kv_heads, head_size, batch, context, arguments.support)
+                room = max(context, arguments.table_tokens)
+                shape = query_heads, kv_heads, head_size, batch, context
+                case = Case(*shape, arguments.support, room)
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
                 rows += measure(case, pages, selectors, arguments.profile)
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
