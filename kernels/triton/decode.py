@@ -129,7 +129,7 @@ def decode(
     softmax = isinstance(alpha, Tensor) or alpha == 1
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not arguments["GUESSED"]
-    choosing = isinstance(selector, TopK) and not shape.long_rows and alone
+    choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
     arguments = NO_CHOICE | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)

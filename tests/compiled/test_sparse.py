@@ -103,7 +103,7 @@ def test_heads_have_their_own_alpha_and_slope(selector):
 @pytest.mark.parametrize("held", [2048, 0], ids=["scores in registers", "scores in lists"])
 @selectors
 def test_some_sequences_are_decoded_exactly(selector, held, monkeypatch):
-    monkeypatch.setattr(workspace, "HELD", held)
+    monkeypatch.setattr(workspace, "HELD_LISTED", held)
     exact_rows = torch.tensor([False, False, True, False, True, False])
     pages = check(selector, sparse_scene(selector), exact_rows=exact_rows, exact_below=16)
     assert pages[4, :, :32].all()
@@ -138,8 +138,16 @@ def test_the_least_workspace_is_enough_whatever_it_holds():
     assert (out - expected).abs().max() < 2e-5
 
 
-def test_a_sample_that_misleads_is_made_up_for():
+def test_rows_may_be_ranked_by_programs_of_their_own(monkeypatch):
+    monkeypatch.setattr(workspace, "RANKED_BY_READERS", 0)
+    exact_rows = torch.tensor([False, False, False, False, False, True])
+    pages = check(TopK(64), sparse_scene(TopK(64)), exact_rows=exact_rows, exact_below=16)
+    assert not pages[4].all() and pages[5, :, :19].all()
+
+
+def test_a_sample_that_misleads_is_made_up_for(monkeypatch):
     """Of 2,100 pages every other one is sampled, and those between lie nearer."""
+    monkeypatch.setattr(Shape, "long_rows", True)
     scene = sparse_scene(TopK(1000), [2100 * 16 + 3], kv_heads=1, group=2)
     scene.cache.scales[scene.block_table[0, 1:2100:2].long()] *= 3
     pages = check(TopK(1000), scene)
