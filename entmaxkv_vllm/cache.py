@@ -50,5 +50,7 @@ def plan(spec: "AttentionSpec", layout: PageLayout) -> "AttentionSpec":
 def without_statistics(pages: PagedCache) -> PagedCache:
     """The same pages for a layer that always reads them all, so that none are recomputed."""
     return pages._replace(
-        statistics=pages.statistics[:, :, :0], layout=replace(pages.layout, statistics=())
+        statistics=pages.statistics[:, :, :0],
+        scales=pages.scales[:, :, :0],
+        layout=replace(pages.layout, statistics=()),
     )

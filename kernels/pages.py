@@ -2,24 +2,34 @@
 
 One page holds `page_size` tokens of one KV head as a single contiguous run of elements::
 
-    [key: page_size * head_size][value: page_size * head_size][statistics: n * head_size]
+    [key: page_size * head_size][value: page_size * head_size][statistics]
 
-The elements are of one dtype, but that statistics of fp8 pages are bf16, which take two elements
-each: fp8 would leave little of a mean and a deviation.
+Means and deviations are of the dtype of the keys; those of fp8 pages are bf16, which take two
+elements each: fp8 would leave little of them. A box around the keys is of 8-bit numbers, 2 *
+head_size bytes, with a scale for its centers and one for its half-widths, fp32, in the last 8 bytes
+of the page.
 
 The statistics live in the page they describe, so whatever moves a page (prefix caching,
 copy-on-write, offloading, KV transfer) moves them along, and they are planned in the same
 memory budget.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), ("minimum", "maximum"))
+BOX = ("center", "half_width")
+"""The statistics that bound the keys of a page in each channel."""
+
+STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX)
 """The sets of page statistics that `append` knows how to keep."""
+
+BOX_ALIGNMENT = 128
+"""Bytes that a page with a box is a multiple of: a cache line of a GPU. Where pages start inside
+one, to read all keys of a long context takes 16% longer on an H200."""
 
 FP8 = torch.float8_e4m3fn
 """The dtype of fp8 pages."""
@@ -34,12 +44,13 @@ class PageLayout:
 
     page_size: tokens per page.
     head_size: elements of one key, and of one value.
-    statistics: names of the per-channel page statistics, one vector of `head_size` elements
-        each: `()`, `("mean", "std")` or `("minimum", "maximum")`.
-    fp8: whether keys and values are torch.float8_e4m3fn and the statistics bf16.
+    statistics: names of the per-channel page statistics, one vector of `head_size` numbers
+        each: `()`, `("mean", "std")` or `("center", "half_width")`.
+    fp8: whether keys and values are torch.float8_e4m3fn, and means and deviations bf16.
 
     Raises ValueError when a size is not positive, when the statistics are not one of the sets
-    above, or when a page does not divide into a whole number of elements per token.
+    above, or when a page with means and deviations does not divide into a whole number of elements
+    per token; with boxes it is padded.
     """
 
     page_size: int
@@ -54,7 +65,7 @@ class PageLayout:
         if self.statistics not in STATISTICS:
             raise ValueError(f"statistics is {self.statistics!r}; expected one of {STATISTICS}")
         vectors = len(self.statistics) * self.statistics_width
-        if vectors * self.head_size % self.page_size:
+        if not self.boxed and vectors * self.head_size % self.page_size:
             raise ValueError(
                 f"page_size is {self.page_size}; expected a divisor of the "
                 f"{vectors} * {self.head_size} statistics elements of a page, so "
@@ -62,13 +73,26 @@ class PageLayout:
             )
 
     @property
+    def boxed(self) -> bool:
+        """Whether the statistics are 8-bit numbers with scales."""
+        return self.statistics == BOX
+
+    @property
     def statistics_width(self) -> int:
-        """Elements of the page that one number of the statistics takes."""
+        """Elements of the page that one mean or deviation takes."""
         return FP8_STATISTICS.itemsize // FP8.itemsize if self.fp8 else 1
 
     @property
     def elements_per_page(self) -> int:
-        """Elements of one page of one KV head."""
+        """Elements of one page of one KV head.
+
+        A box has room in elements of 2 bytes, or of 1 in fp8 pages; wider ones leave more unused.
+        """
+        if self.boxed:
+            width = 1 if self.fp8 else 2
+            size = 2 * self.page_size * self.head_size * width + 2 * self.head_size + 8
+            step = math.lcm(BOX_ALIGNMENT, self.page_size * width)
+            return -(-size // step) * step // width
         vectors = 2 * self.page_size + len(self.statistics) * self.statistics_width
         return vectors * self.head_size
 
@@ -83,13 +107,23 @@ class PagedCache(NamedTuple):
 
     key, value: [num_pages, kv_heads, page_size, head_size]
     statistics: [num_pages, kv_heads, len(layout.statistics), head_size], of the same dtype; bf16
-        where that is fp8
+        where that is fp8; int8 for boxes
+    scales: [num_pages, kv_heads, 2] fp32, of centers and half-widths; for other statistics
+        [num_pages, kv_heads, 0]
     """
 
     key: Tensor
     value: Tensor
     statistics: Tensor
+    scales: Tensor
     layout: PageLayout
+
+    def read_statistics(self, page: Tensor, dtype: torch.dtype) -> Tensor:
+        """The statistics of pages [...], [..., kv_heads, len(layout.statistics), head_size]."""
+        statistics = self.statistics[page].to(dtype)
+        if self.layout.boxed:
+            statistics *= self.scales[page].to(dtype)[..., None]
+        return statistics
 
 
 def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
@@ -116,26 +150,37 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
         )
 
     place = (pages.storage_offset(), *pages.stride()[:2])
-    width = layout.statistics_width
+    widest = torch.float32 if layout.boxed else FP8_STATISTICS if layout.fp8 else pages.dtype
+    width = -(-widest.itemsize // pages.itemsize)
     if any(distance % width for distance in place):
         raise ValueError(
             f"pages has storage offset {place[0]} and strides {place[1:]} between pages and heads; "
-            f"expected multiples of {width}, as the statistics are {FP8_STATISTICS}"
+            f"expected multiples of {width}, as statistics are {widest}"
         )
 
-    def part(first: int, vectors: int, width: int = 1) -> Tensor:
-        return pages.as_strided(
-            (*pages.shape[:2], vectors, width * layout.head_size),
-            (*pages.stride()[:2], width * layout.head_size, 1),
-            pages.storage_offset() + first * layout.head_size,
+    def part(whole: Tensor, first: int, rows: int, columns: int) -> Tensor:
+        return whole.as_strided(
+            (*whole.shape[:2], rows, columns),
+            (*whole.stride()[:2], columns, 1),
+            whole.storage_offset() + first,
         )
 
-    size = layout.page_size
-    statistics = part(2 * size, len(layout.statistics), width)
+    size, head_size, count = layout.page_size, layout.head_size, len(layout.statistics)
+    end = 2 * size * head_size
+    if layout.boxed:
+        whole = pages.view(torch.int8)
+        statistics = part(whole, end * pages.itemsize, count, head_size)
+        last = layout.elements_per_page * pages.itemsize - 8
+        scales = part(whole, last, 1, 8).view(torch.float32)[:, :, 0]
+    else:
+        statistics = part(pages, end, count, layout.statistics_width * head_size)
+        statistics = statistics.view(FP8_STATISTICS) if layout.fp8 else statistics
+        scales = pages.new_empty((*pages.shape[:2], 0), dtype=torch.float32)
     return PagedCache(
-        key=part(0, size),
-        value=part(size, size),
-        statistics=statistics.view(FP8_STATISTICS) if layout.fp8 else statistics,
+        key=part(pages, 0, size, head_size),
+        value=part(pages, size * head_size, size, head_size),
+        statistics=statistics,
+        scales=scales,
         layout=layout,
     )
 

@@ -7,6 +7,8 @@ page statistics that the rule reads, which is what the page layout has to hold.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .pages import BOX
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -60,6 +62,9 @@ class Gaussian:
 class TopK:
     """The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
 
+    The boxes are of 8-bit numbers but hold all keys of their pages: bounds are bounds, a bit looser
+    than those of the keys' extremes.
+
     token_budget: tokens to read besides the last page, which is always read; rounded down to
         whole pages. Below one page only the last page is read.
     """
@@ -67,7 +72,7 @@ class TopK:
     token_budget: int
 
     name: ClassVar[str] = "topk"
-    statistics: ClassVar[tuple[str, ...]] = ("minimum", "maximum")
+    statistics: ClassVar[tuple[str, ...]] = BOX
 
     def __post_init__(self) -> None:
         if self.token_budget < 0:

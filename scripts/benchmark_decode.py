@@ -38,6 +38,8 @@ PAGE_SIZE = 16
 POOL_TOKENS = 1 << 20
 REPLAYS = 15
 PROFILED_SETS = 8
+GRAPH_STEPS = 8
+"""Steps of a graph, at least: to launch one takes some microseconds, which are no step's."""
 SHAPES = {
     "GQA, D 128": (32, 8, 128, 1, (8192, 32768, 131072, 524288, 1048576)),
     "GQA, D 64": (32, 8, 64, 1, (8192, 32768, 131072, 524288, 1048576)),
@@ -50,7 +52,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table; `support` is the mean share of tokens with weight, per query head."""
+    """One row of the table.
+
+    support: the mean share of tokens with weight, per query head.
+    table_tokens: what the block table has room for, as an engine's has for its longest request.
+    """
 
     query_heads: int
     kv_heads: int
@@ -58,11 +64,17 @@ class Case:
     batch: int
     context: int
     support: float
+    table_tokens: int
 
     @property
     def sets(self) -> int:
         """How many sets of pages the pool holds."""
         return max(1, POOL_TOKENS // (self.batch * self.context))
+
+    @property
+    def pages(self) -> int:
+        """Pages of a sequence."""
+        return self.context // PAGE_SIZE
 
 
 def clustered_keys(tokens: int, kv_heads: int, head_size: int) -> torch.Tensor:
@@ -99,7 +111,7 @@ def calibrated_queries(case: Case, pages: PagedCache, tables: torch.Tensor) -> t
     shape = (case.sets, case.batch, case.query_heads, case.head_size)
     queries = torch.randn(shape, device="cuda")
     group = case.query_heads // case.kv_heads
-    keys = pages.key[tables[0, 0].long(), 0].flatten(0, 1).double()
+    keys = pages.key[tables[0, 0, : case.pages].long(), 0].flatten(0, 1).double()
     z = queries[0, 0, :group].double() @ keys.T * (0.5 * case.head_size**-0.5)
     low, high = 1e-2, 1e2
     for _ in range(24):
@@ -168,7 +180,7 @@ def entmax_steps(
         case.head_size,
         PAGE_SIZE,
         pages.key.dtype,
-        case.context,
+        case.table_tokens,
         selector=selector,
     )
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -208,7 +220,8 @@ def exact_error(
     """Relative error of the output of the first sequence's first KV head against fp64."""
     group = case.query_heads // case.kv_heads
     key, value = (
-        x[tables[0, 0].long(), 0].flatten(0, 1).double() for x in (pages.key, pages.value)
+        x[tables[0, 0, : case.pages].long(), 0].flatten(0, 1).double()
+        for x in (pages.key, pages.value)
     )
     z = queries[0, 0, :group].double() @ key.T * (0.5 * case.head_size**-0.5)
     weights = (z - entmax_threshold_sort(z, 1.5)[..., None]).clamp_min(0).square()
@@ -216,35 +229,39 @@ def exact_error(
     return ((out[0, :group].double() - exact).norm() / exact.norm()).item()
 
 
-def read_bytes(case: Case, row: dict[str, Any], selector: Selector, size: int) -> int:
+def read_bytes(case: Case, row: dict[str, Any], selector: Selector, pages: PagedCache) -> int:
     """Bytes of keys, values and statistics that one step cannot do without.
 
     The values are those of a KV head's query heads together, which share some: a little too many.
     """
     rows, tokens = case.batch * case.kv_heads, case.context
-    statistics_read = rows * tokens // PAGE_SIZE * len(selector.statistics)
+    statistics_read = 0
+    if selector.statistics:
+        own = pages.statistics[0, 0].nbytes + pages.scales[0, 0].nbytes
+        statistics_read = rows * tokens // PAGE_SIZE * own
     keys = rows * tokens * row["pages_read"]
     values = case.batch * case.query_heads * tokens * row["support"]
-    return int((statistics_read + keys + values) * case.head_size * size)
+    return statistics_read + int((keys + values) * case.head_size * pages.key.itemsize)
 
 
 def measure(
     case: Case, pages: PagedCache, selectors: dict[str, Selector], profiled: bool
 ) -> list[dict[str, Any]]:
     """One row for each selector, whose names are those of the rows' kernels."""
-    pages_each = case.context // PAGE_SIZE
+    shape = case.sets, case.batch, case.pages
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
-    tables = order[: case.sets * case.batch * pages_each].view(case.sets, case.batch, pages_each)
+    tables = order[: math.prod(shape)].view(shape)
+    tables = torch.nn.functional.pad(tables, (0, case.table_tokens // PAGE_SIZE - case.pages))
     queries = calibrated_queries(case, pages, tables)
     flash = flash_attention(case, pages, tables, queries)
     rows = []
     for name, selector in selectors.items():
         steps, outs, counters = entmax_steps(case, pages, tables, queries, selector)
-        graphs = {
-            arm: graph_of(arm_steps) for arm, arm_steps in ({"entmax": steps} | flash).items()
-        }
+        rounds = -(-GRAPH_STEPS // case.sets)
+        arms = {"entmax": steps} | flash
+        graphs = {arm: graph_of(arm_steps * rounds) for arm, arm_steps in arms.items()}
         times = alternate({arm: graph.replay for arm, graph in graphs.items()}, REPLAYS)
-        us = {arm: [t / case.sets for t in replays] for arm, replays in times.items()}
+        us = {arm: [t / case.sets / rounds for t in replays] for arm, replays in times.items()}
         median = {arm: statistics.median(values) for arm, values in us.items()}
         flash_us = min(median["fa3_plain"], median["fa3_scheduled"])
         held, read = (counters[c].item() for c in (Counter.PAGES_HELD, Counter.PAGES_READ))
@@ -257,6 +274,7 @@ def measure(
             "kv_heads": case.kv_heads,
             "head_size": case.head_size,
             "context": case.context,
+            "table_tokens": case.table_tokens,
             "pages_read": read / held,
             "support": support / case.context,
             "us": median["entmax"],
@@ -267,7 +285,7 @@ def measure(
             "fa3_us_spread": max(max(us[arm]) - min(us[arm]) for arm in flash),
             "ratio_fa3": flash_us / median["entmax"],
         }
-        row["bytes"] = read_bytes(case, row, selector, pages.key.itemsize)
+        row["bytes"] = read_bytes(case, row, selector, pages)
         if isinstance(selector, Exact):
             row["error"] = exact_error(case, pages, tables, queries, outs[0])
         if profiled:
@@ -297,6 +315,9 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
     )
+    parser.add_argument(
+        "--table-tokens", type=int, default=0, help="room of the block table; at least the context"
+    )
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -315,7 +336,9 @@ def main() -> None:
             for context in contexts:
                 if arguments.contexts and context not in arguments.contexts:
                     continue
-                case = Case(query_heads, kv_heads, head_size, batch, context, arguments.support)
+                room = max(context, arguments.table_tokens)
+                shape = query_heads, kv_heads, head_size, batch, context
+                case = Case(*shape, arguments.support, room)
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
                 rows += measure(case, pages, selectors, arguments.profile)
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")

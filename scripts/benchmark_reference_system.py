@@ -108,7 +108,7 @@ def own_steps(
 
 
 def measure(context: int, pages: PagedCache, repeats: int) -> list[dict[str, Any]]:
-    case = Case(HEADS, HEADS, HEAD_SIZE, 1, context, 0.005)
+    case = Case(HEADS, HEADS, HEAD_SIZE, 1, context, 0.005, context)
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
     tables = order[: case.sets * context // PAGE_SIZE].view(case.sets, 1, -1)
     queries = calibrated_queries(case, pages, tables)

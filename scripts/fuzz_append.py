@@ -1,4 +1,5 @@
-"""Random appends, each to pages of its own, and what the statistics are in fp64."""
+"""Random appends, each to pages of its own, and what the reference says of the statistics: of means
+and deviations in fp64, of boxes in fp32, where they are the same bytes."""
 
 import torch
 from fuzz_cases import (
@@ -11,7 +12,7 @@ from fuzz_cases import (
     watched,
 )
 from fuzz_exact import excess
-from fuzz_families import DEVICE, Family
+from fuzz_families import DEVICE, FP32, Family
 from torch import Tensor
 
 from entmaxkv_kernels import PagedCache, PageLayout, append, split_pages
@@ -45,13 +46,14 @@ def run_appends(family: Family, draw: Draw, careful: bool) -> dict[str, Tensor]:
     raw = poisoned_pages(family, calls * pages)
     exact_layout = PageLayout(size, family.head_size, family.layout.statistics)
     exact_shape = *raw.shape[:3], exact_layout.elements_per_token
-    exact = torch.full(exact_shape, torch.nan, dtype=torch.float64, device=DEVICE)
+    exact_dtype = FP32 if exact_layout.boxed else torch.float64
+    exact = torch.full(exact_shape, torch.nan, dtype=exact_dtype, device=DEVICE)
     cache, expected = split_pages(raw, family.layout), split_pages(exact, exact_layout)
     old = on_device(old)
     for stored, wanted in zip(cache[:2], expected[:2], strict=True):
         before = draw.normal(len(old), family.kv_heads, family.head_size).to(family.cache_dtype)
         stored[old // size, :, old % size] = before
-        wanted[old // size, :, old % size] = before.double()
+        wanted[old // size, :, old % size] = before.to(exact_dtype)
 
     ends = new.sum((1, 2)).cumsum(0).tolist()
     for k in watched(calls, careful):
@@ -63,8 +65,8 @@ def run_appends(family: Family, draw: Draw, careful: bool) -> dict[str, Tensor]:
 
     append(
         expected,
-        to_stored(key, scales[0], family.cache_dtype).double(),
-        to_stored(value, scales[1], family.cache_dtype).double(),
+        to_stored(key, scales[0], family.cache_dtype).to(exact_dtype),
+        to_stored(value, scales[1], family.cache_dtype).to(exact_dtype),
         slots,
     )
     other = holds_other(cache.key, expected.key) | holds_other(cache.value, expected.value)
@@ -81,8 +83,9 @@ def holds_other(pages: Tensor, expected: Tensor) -> Tensor:
 
 
 def statistics_error(cache: PagedCache, expected: PagedCache) -> Tensor:
-    """[pages] the largest error over what fp32 sums and the dtype explain; extremes are exact."""
-    statistics, exact = cache.statistics.double(), expected.statistics
+    """[pages] the largest error over what fp32 sums and the dtype explain; boxes are exact."""
+    page = torch.arange(len(cache.key), device=cache.key.device)
+    statistics, exact = (x.read_statistics(page, torch.float64) for x in (cache, expected))
     unwritten = statistics.isnan() & exact.isnan()
     statistics, exact = (x.masked_fill(unwritten, 0) for x in (statistics, exact))
     bound = torch.zeros_like(exact)

@@ -133,5 +133,5 @@ FAMILIES = {
     "append, pages of 64": Family(**APPEND | {"width": 3}, head_size=96, page_size=64),
     "append fp8": Family(**APPEND, fp8=True),
     "append fp8, mean": Family(**APPEND, dtype=FP32, fp8=True, selectors=GAUSSIAN),
-    "append fp8, extremes": Family(**APPEND, dtype=FP16, fp8=True, selectors=TOPK),
+    "append fp8, boxes": Family(**APPEND, dtype=FP16, fp8=True, selectors=TOPK),
 }

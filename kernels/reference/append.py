@@ -9,6 +9,12 @@ from .scores import compute_dtype
 STD_FLOOR = 1e-6
 """Least standard deviation kept for a channel, as in EntmaxKV."""
 
+LARGEST = 2.0**126
+"""Keys beyond it, as infinite ones are, count as this in a box: its arithmetic stays finite."""
+
+WIDENED = 1 + 2.0**-20
+"""A half-width is made so much wider, more than fp32 rounding can make it too narrow."""
+
 
 def append(
     cache: PagedCache,
@@ -54,10 +60,11 @@ def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None
     valid = (rows <= last[:, None])[:, None, :, None]  # [pages, 1, page_size, 1]
     key = cache.key[touched]  # [pages, kv_heads, page_size, head_size]
     key = key.to(compute_dtype(key.dtype))
-    if cache.layout.statistics == ("minimum", "maximum"):
+    if cache.layout.boxed:
+        valid = valid & ~key.isnan()
         low = key.masked_fill(~valid, torch.inf).amin(2)
         high = key.masked_fill(~valid, -torch.inf).amax(2)
-        statistics = torch.stack((low, high), 2)
+        statistics, cache.scales[touched] = box_between(low, high)
     else:
         count = (last + 1)[:, None, None]
         mean = key.masked_fill(~valid, 0).sum(2) / count
@@ -65,3 +72,33 @@ def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None
         std = (deviation.square_().sum(2) / count).sqrt_().clamp_min_(STD_FLOOR)
         statistics = torch.stack((mean, std), 2)
     cache.statistics[touched] = statistics.to(cache.statistics.dtype)
+
+
+def box_between(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes of 8-bit numbers that hold all between low and high, [..., head_size] each.
+
+    Returns centers and half-widths, integers [..., 2, head_size], and the scales of both, fp32
+    [..., 2]. Center times scale less half-width times scale is at most low, and their sum at least
+    high, exactly. A channel without a number, low above high, has the box that holds 0 alone.
+    """
+    low, high = low.clamp(-LARGEST, LARGEST), high.clamp(-LARGEST, LARGEST)
+    middle = (low + high) * 0.5
+    center_scale = _scale_of(middle)
+    center = (middle / center_scale + 0.5).floor()
+    middle = center * center_scale
+    reach = torch.maximum(high - middle, middle - low).clamp_min(0) * WIDENED
+    half_scale = _scale_of(reach)
+    # A small quotient may vanish.
+    half_width = torch.maximum((reach / half_scale).ceil(), (reach > 0).to(reach.dtype))
+    scales = torch.cat((center_scale, half_scale), -1).float()
+    return torch.stack((center, half_width), -2), scales
+
+
+def _scale_of(x: Tensor) -> Tensor:
+    """What x [..., head_size] is to be divided by for all to be within 127, [..., 1].
+
+    It is above the least such number, has 17 significant bits, so that its products with 8-bit
+    integers are exact in fp32, and is never 0.
+    """
+    least = (x.abs().amax(-1, keepdim=True) * (1 / 127)).float()
+    return ((least.view(torch.int32) + 0x100) & -0x80).view(torch.float32).to(x.dtype)

@@ -1,7 +1,7 @@
 """The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
 
-Quest bounds the scores of a page from the channels' extremes: with k_d between minimum_d and
-maximum_d, q.k <= sum_d max(q_d minimum_d, q_d maximum_d).
+Quest bounds the scores of a page from the channels' extremes: with k_d within half_width_d of
+center_d, q.k <= q.center + |q|.half_width.
 """
 
 import torch
@@ -17,15 +17,15 @@ def quest_bounds(candidates: Candidates) -> Tensor:
 
     ALiBi counts at the page's most favourable position.
     """
-    minimum, maximum = candidates.statistics  # each [B, kv_heads, P, head_size]
+    center, half_width = candidates.statistics  # each [B, kv_heads, P, head_size]
     heads = candidates.query.shape[1:3]
     query, slopes = scale_to_scores(
         candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
     )
     query = query.unflatten(1, heads)
-    bounds = query.clamp_min(0) @ maximum.mT + query.clamp_max(0) @ minimum.mT
+    bounds = query @ center.mT + query.abs() @ half_width.mT
     if slopes is not None:
-        page = torch.arange(minimum.shape[2], device=query.device)
+        page = torch.arange(center.shape[2], device=query.device)
         first = page * candidates.page_size - (candidates.seq_lens[:, None] - 1)  # [B, P]
         first = first[:, None, None].to(bounds.dtype)
         last = first + candidates.page_size - 1

@@ -9,9 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pages import FP8, STATISTICS, PagedCache
+from ..reference.append import LARGEST, STD_FLOOR, WIDENED
 
 FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
-STD_FLOOR = tl.constexpr(1e-6)
+STD_MIN = tl.constexpr(STD_FLOOR)
+KEY_MAX = tl.constexpr(LARGEST)
+WIDER = tl.constexpr(WIDENED)
 
 LONG_PROMPT = 1024
 """More tokens than this in one call are mostly those of prompts."""
@@ -27,11 +30,35 @@ def to_stored(b_rows, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def scale_of(b_x):
+    """What all of b_x is to be divided by; see `reference/append.py`."""
+    least = tl.max(tl.abs(b_x), 0) * (1 / 127)
+    return ((least.to(tl.int32, bitcast=True) + 0x100) & -0x80).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def box_between(b_low, b_high):
+    """Centers and half-widths of a box that holds all between b_low and b_high [DP], and their
+    scales; bit for bit those of the reference."""
+    b_low = tl.minimum(tl.maximum(b_low, -KEY_MAX), KEY_MAX)
+    b_high = tl.minimum(tl.maximum(b_high, -KEY_MAX), KEY_MAX)
+    b_middle = (b_low + b_high) * 0.5
+    center_scale = scale_of(b_middle)
+    b_center = tl.floor(tl.div_rn(b_middle, center_scale) + 0.5)
+    b_middle = b_center * center_scale
+    b_reach = tl.maximum(tl.maximum(b_high - b_middle, b_middle - b_low), 0.0) * WIDER
+    half_scale = scale_of(b_reach)
+    b_half = tl.ceil(tl.div_rn(b_reach, half_scale))
+    b_half = tl.maximum(b_half, (b_reach > 0.0).to(tl.float32))
+    return b_center, b_half, center_scale, half_scale
+
+
+@triton.jit
 def write_page(
-    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
-    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, key_scale, value_scale,
+    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+    s_statistics_page, s_statistics_head, key_scale, value_scale,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of the page of which token i_t is the last one, and its statistics.
 
@@ -61,32 +88,37 @@ def write_page(
         b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
         b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
+        statistics = (slot // P) * s_statistics_page + i_h * s_statistics_head
         if STATISTICS == 1:
             count = (last + 1).to(tl.float32)
             b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
             b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
             variance = tl.sum(b_deviation * b_deviation, 0) / count
-            b_second = tl.maximum(tl.sqrt(variance), STD_FLOOR)
+            b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
         else:
-            b_first = tl.min(tl.where(m_row, b_key, float("inf")), 0)
-            b_second = tl.max(tl.where(m_row, b_key, -float("inf")), 0)
-        p_first = p_statistics + o_page // WIDTH + o_d
+            m_row &= b_key == b_key
+            b_low = tl.min(tl.where(m_row, b_key, float("inf")), 0)
+            b_high = tl.max(tl.where(m_row, b_key, -float("inf")), 0)
+            b_first, b_second, first_scale, second_scale = box_between(b_low, b_high)
+            # Strides of the scales, of four bytes, are not given: the statistics are of one.
+            tl.store(p_scales + statistics // 4, first_scale)
+            tl.store(p_scales + statistics // 4 + 1, second_scale)
+        p_first = p_statistics + statistics + o_d
         tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics,
-    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head, key_scale, value_scale,
-    tokens,
+    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales,
+    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+    s_statistics_page, s_statistics_head, key_scale, value_scale, tokens,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
 
-    It is the last one when the page is full or the next token is not the next slot. Strides are in
-    elements of the cache, of which a number of the statistics takes WIDTH.
+    It is the last one when the page is full or the next token is not the next slot.
     """
     i_h = tl.program_id(1).to(tl.int64)
     for i in range(TOKENS):
@@ -95,9 +127,9 @@ def append_kernel(
         following = tl.load(p_slot + i_t + 1, mask=i_t + 1 < tokens, other=-1)
         if (slot >= 0) & ((slot % P == P - 1) | (following != slot + 1)):
             write_page(
-                p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, i_t, i_h, slot,
-                s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
-                key_scale, value_scale, D, DP, P, STATISTICS, WIDTH,
+                p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, i_t,
+                i_h, slot, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+                s_statistics_page, s_statistics_head, key_scale, value_scale, D, DP, P, STATISTICS,
             )  # fmt: skip
 
 
@@ -129,9 +161,11 @@ def append(
         cache.key,
         cache.value,
         cache.statistics,
+        cache.scales,
         *key.stride()[:2],
         *value.stride()[:2],
         *cache.key.stride()[:2],
+        *cache.statistics.stride()[:2],
         key_scale,
         value_scale,
         tokens,
@@ -139,7 +173,6 @@ def append(
         DP=padded,
         P=cache.layout.page_size,
         STATISTICS=STATISTICS.index(cache.layout.statistics),
-        WIDTH=cache.layout.statistics_width,
         TOKENS=block,
         num_warps=max(4, cache.layout.page_size * padded // 1024),
     )

@@ -129,11 +129,11 @@ def decode(
     softmax = isinstance(alpha, Tensor) or alpha == 1
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not arguments["GUESSED"]
-    choosing = isinstance(selector, TopK) and not shape.long_rows and alone
+    choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
     arguments = NO_CHOICE | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)
-        _list_pages(shape, cache.statistics, selector, arguments)
+        _list_pages(shape, cache, selector, arguments)
     if softmax:
         _attend_softmax(shape, arguments)
     if isinstance(alpha, Tensor) or alpha > 1:
@@ -180,13 +180,14 @@ def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
 
 
 def _list_pages(
-    shape: Shape, statistics: Tensor, selector: Gaussian | TopK, arguments: dict[str, Any]
+    shape: Shape, cache: PagedCache, selector: Gaussian | TopK, arguments: dict[str, Any]
 ) -> None:
     """Choose the pages of every row and list them."""
     arguments = arguments | {
-        "p_statistics": statistics,
-        "s_page": statistics.stride(0),
-        "s_head": statistics.stride(1),
+        "p_statistics": cache.statistics,
+        "p_scales": cache.scales,
+        "s_page": cache.statistics.stride(0),
+        "s_head": cache.statistics.stride(1),
         "STAGES": 2,
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)

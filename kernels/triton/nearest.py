@@ -1,8 +1,9 @@
 """The pages of a fixed budget: those that lie nearest below the best page of any query head.
 
-One program lists those of a short row. Long rows take two launches of many programs: a sample of
-the pages tells between which distances the last page of the budget lies; pages before are counted,
-the few between are collected, and among these every program finds the last one by itself.
+One program lists those of a row, or each that reads a short row does. Long rows take two launches
+of many programs: a sample of the pages tells between which distances the last page of the budget
+lies; pages before are counted, the few between are collected, and among these every program finds
+the last one by itself.
 """
 
 # Arguments of Triton kernels have no Python types.

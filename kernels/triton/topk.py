@@ -13,7 +13,7 @@ from .scores import allow_next, load_queries, load_scales
 
 @triton.jit
 def box_kernel(
-    p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
+    p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
     p_reach, p_page_maximum, p_page_minimum, p_page_sample, p_member_count,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below,
     scale, factor, exponent,
@@ -25,7 +25,7 @@ def box_kernel(
     """Quest's upper bounds of the scores z of pages, per query head, and the largest and the least
     of a split; of long rows also the sampled ones side by side.
 
-    With k between minimum and maximum, q.k <= max(q, 0).maximum + min(q, 0).minimum.
+    With k within half_width of center, q.k <= q.center + |q|.half_width.
     """
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -38,9 +38,9 @@ def box_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
-    b_above = tl.maximum(b_q, 0.0).to(b_q.dtype)
-    b_below = tl.minimum(b_q, 0.0).to(b_q.dtype)
+    b_size = tl.abs(b_q)
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
+    p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     p_r = p_reach + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
@@ -50,9 +50,12 @@ def box_kernel(
         o_page = i_p + o_p
         b_page = b_next
         b_next = tl.load(p_table + o_page + PS * BP, mask=o_page + PS * BP < ranked, other=0)
-        b_low, b_high = load_statistics(p_stat, b_page, o_d, s_page, D)
-        b_bound = tl.dot(b_low.to(b_q.dtype), b_below, input_precision="ieee")
-        b_bound = tl.dot(b_high.to(b_q.dtype), b_above, b_bound, input_precision="ieee")
+        b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
+        o_scale = b_page.to(tl.int64) * (s_page // 4)
+        b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
+        b_bound = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
+        b_width = tl.dot(b_half.to(b_q.dtype), b_size, input_precision="ieee")
+        b_bound = b_bound * b_center_scale[:, None] + b_width * b_half_scale[:, None]
         b_bound *= b_scale[None, :]  # [BP, GP]
         if ALIBI:
             o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]

@@ -20,11 +20,17 @@ STORE_LISTED_BELOW = 65536
 HELD = 2048
 """Scores of a query head that one program holds."""
 
+HELD_LISTED = 8192
+"""The same where pages are listed for a budget."""
+
+RANKED_BY_READERS = 2048
+"""Pages of a row that each program that reads some ranks by itself."""
+
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
-_RANKED_ALONE = 2048
+_RANKED_ALONE = 8192
 _MOST_NEAR = 65536
 _NEAR = 1 << 22
 _ALIGNMENT = 256
@@ -151,14 +157,15 @@ class Shape:
         """Places of the scores of a query head in the registers of a program, 0 if they are too
         many, or better shared by several."""
         places = self.splits * self.most_capacity
-        return 0 if self.crowded or places > HELD else max(128, triton.next_power_of_2(places))
+        most = HELD if self.budget is None else HELD_LISTED
+        return 0 if self.crowded or places > most else max(128, triton.next_power_of_2(places))
 
     @property
     def classes(self) -> int:
         """Classes of the tokens of a split, the largest score of each of which is kept. Pages that
         were chosen have many tokens of the support: few classes would have few of them for maxima.
         """
-        few = self.max_read <= HELD or self.max_read > self.store_below
+        few = self.held > 0 or self.max_read <= HELD or self.max_read > self.store_below
         return 4 if self.budget is None or few or self.near < self.most_near else 16
 
     @property
@@ -211,6 +218,11 @@ class Shape:
     def page_stride(self) -> int:
         """Places for the pages of a row, a multiple of 16."""
         return -(-self.max_pages // 16) * 16
+
+    @property
+    def ranked_by_readers(self) -> bool:
+        """Whether the programs that read the pages of a row rank them first, each all of them."""
+        return not self.long_rows and self.max_pages <= RANKED_BY_READERS
 
     @property
     def long_rows(self) -> bool:

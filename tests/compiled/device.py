@@ -24,7 +24,7 @@ def on_device(cache: PagedCache) -> PagedCache:
     def moved(view: Tensor) -> Tensor:
         return flat.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
-    return PagedCache(*map(moved, cache[:3]), cache.layout)
+    return PagedCache(*map(moved, cache[:4]), cache.layout)
 
 
 class Step:

@@ -114,6 +114,7 @@ def main() -> None:
     decode_step(Exact(), 1 << 16, FP8)
     decode_step(TopK(512), 8192, exact_rows=exact_rows, exact_below=512)
     decode_step(TopK(4096), 1 << 16, exact_rows=exact_rows)
+    decode_step(TopK(16384), 1 << 18)
     decode_step(TopK(512), 8192, alpha=mixed)
     decode_step(Gaussian(), 8192)
     prefill_step(1.5)

@@ -9,7 +9,7 @@ from entmaxkv_kernels.triton.append import append
 
 from .device import DEVICE, DTYPES, on_device
 
-STATISTICS = [(), ("mean", "std"), ("minimum", "maximum")]
+STATISTICS = [(), ("mean", "std"), ("center", "half_width")]
 
 
 def append_to_both(scene, cache, key, value, slots):
@@ -22,15 +22,17 @@ def assert_same(scene, cache):
     expected, actual = scene.cache, PagedCacheOnHost(cache)
     assert torch.equal(expected.key.nan_to_num(7e3), actual.key)
     assert torch.equal(expected.value.nan_to_num(7e3), actual.value)
-    tolerance = 0.0 if "minimum" in cache.layout.statistics else torch.finfo(cache.key.dtype).eps
+    tolerance = 0.0 if cache.layout.boxed else torch.finfo(cache.key.dtype).eps
     torch.testing.assert_close(
         actual.statistics, expected.statistics.nan_to_num(7e3), rtol=tolerance, atol=1e-6
     )
+    assert torch.equal(actual.scales, expected.scales.nan_to_num(7e3))
 
 
 class PagedCacheOnHost:
     def __init__(self, cache):
-        self.key, self.value, self.statistics = (x.cpu().nan_to_num(7e3) for x in cache[:3])
+        parts = (x.cpu().nan_to_num(7e3) for x in cache[:4])
+        self.key, self.value, self.statistics, self.scales = parts
 
 
 @pytest.mark.parametrize("statistics", STATISTICS, ids=lambda names: " and ".join(names) or "none")

@@ -8,6 +8,7 @@ from reference.scene import make_scene
 from reference.test_precision import assert_no_worse, straightforward_attention
 
 from entmaxkv_kernels import Exact
+from entmaxkv_kernels.triton import workspace
 from entmaxkv_kernels.triton.workspace import Shape, decode_workspace_size
 
 from .device import DTYPES, Step
@@ -183,6 +184,14 @@ def test_many_equal_scores_beside_the_threshold_are_told_apart(few_splits, gap, 
     out = step.run(step.shape.least_size)
     assert (step.scratch("state") == 1).all()
     assert_accurate(step, out)
+
+
+@pytest.mark.parametrize("held", [8192, 0], ids=["in registers", "in lists"])
+def test_some_thousand_scores_are_exact_wherever_they_are_held(held, monkeypatch):
+    monkeypatch.setattr(workspace, "HELD", held)
+    scene = make_scene([4100, 0, 17], kv_heads=1, dtype=torch.float32, spread=4.0)
+    assert (Step(scene, Exact()).shape.held > 4096) == (held > 0)
+    check(scene)
 
 
 def test_two_runs_give_the_same_bits():

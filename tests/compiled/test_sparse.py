@@ -31,6 +31,11 @@ def sparse_scene(selector, lengths=RAGGED, **options):
     return make_scene(lengths, statistics=selector.statistics, **options)
 
 
+def make_pages_equal(scene):
+    for part in (scene.cache.statistics, scene.cache.scales):
+        part[:] = part[scene.block_table[0, 0]].clone()
+
+
 def listed_pages(step):
     """Pages [B, kv_heads, P] bool that the step has listed, which are in order."""
     shape, held = step.shape, -(-step.scene.seq_lens.long() // step.scene.page_size)
@@ -98,7 +103,7 @@ def test_heads_have_their_own_alpha_and_slope(selector):
 @pytest.mark.parametrize("held", [2048, 0], ids=["scores in registers", "scores in lists"])
 @selectors
 def test_some_sequences_are_decoded_exactly(selector, held, monkeypatch):
-    monkeypatch.setattr(workspace, "HELD", held)
+    monkeypatch.setattr(workspace, "HELD_LISTED", held)
     exact_rows = torch.tensor([False, False, True, False, True, False])
     pages = check(selector, sparse_scene(selector), exact_rows=exact_rows, exact_below=16)
     assert pages[4, :, :32].all()
@@ -107,7 +112,7 @@ def test_some_sequences_are_decoded_exactly(selector, held, monkeypatch):
 
 def test_equal_pages_go_to_the_earlier_one():
     scene = sparse_scene(TopK(64), [500])
-    scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
+    make_pages_equal(scene)
     pages = check(TopK(64), scene)
     assert torch.equal(pages[0, 0].nonzero().flatten(), torch.tensor([0, 1, 2, 3, 31]))
 
@@ -118,7 +123,7 @@ def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch
     lengths = [1100 * 16 + 1, 40, 1030 * 16]
     scene = sparse_scene(TopK(1000), lengths, kv_heads=1, group=2)
     if equal:
-        scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
+        make_pages_equal(scene)
     exact_rows = torch.tensor([False, False, True])
     pages = check(TopK(1000), scene, exact_rows=exact_rows)
     assert pages.sum(-1).flatten().tolist() == [1000 // 16 + 1, 3, 1030]
@@ -133,10 +138,18 @@ def test_the_least_workspace_is_enough_whatever_it_holds():
     assert (out - expected).abs().max() < 2e-5
 
 
-def test_a_sample_that_misleads_is_made_up_for():
+def test_rows_may_be_ranked_by_programs_of_their_own(monkeypatch):
+    monkeypatch.setattr(workspace, "RANKED_BY_READERS", 0)
+    exact_rows = torch.tensor([False, False, False, False, False, True])
+    pages = check(TopK(64), sparse_scene(TopK(64)), exact_rows=exact_rows, exact_below=16)
+    assert not pages[4].all() and pages[5, :, :19].all()
+
+
+def test_a_sample_that_misleads_is_made_up_for(monkeypatch):
     """Of 2,100 pages every other one is sampled, and those between lie nearer."""
+    monkeypatch.setattr(Shape, "long_rows", True)
     scene = sparse_scene(TopK(1000), [2100 * 16 + 3], kv_heads=1, group=2)
-    scene.cache.statistics[scene.block_table[0, 1:2100:2].long()] *= 3
+    scene.cache.scales[scene.block_table[0, 1:2100:2].long()] *= 3
     pages = check(TopK(1000), scene)
     assert pages[0, 0, :2100:2].sum() < 10
 

@@ -60,7 +60,7 @@ def test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date():
         ]
     assert (steps == steps[0]).all()
     assert sparse.tolist() == [0, steps[1], 0, steps[3]]
-    assert layouts == [(), ("minimum", "maximum"), (), ("minimum", "maximum")]
+    assert layouts == [(), ("center", "half_width"), (), ("center", "half_width")]
 
 
 def test_short_contexts_decode_exactly_below_the_limit_that_was_set():

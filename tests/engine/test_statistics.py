@@ -1,10 +1,12 @@
 """Page statistics in a running engine, after everything that can happen to a page."""
 
+import math
 import random
 
 import pytest
 import torch
 
+from entmaxkv_kernels.reference.append import box_between
 from entmaxkv_vllm.retrieval import haystack_window, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters, read_counters
 
@@ -68,29 +70,30 @@ def used(llm, tokenizer):
 
 def compare(pages, rows) -> int:
     """Compare the statistics of all pages that a decode step may read with its keys."""
-    page_size, names = pages.layout.page_size, pages.layout.statistics
+    page_size = pages.layout.page_size
     count = 0
     for table, length in zip(rows.block_table, rows.seq_lens.tolist(), strict=True):
         full, rest = divmod(length, page_size)
         ids = table[:full].long()
-        expected = from_scratch(pages.key[ids].double(), names)
-        torch.testing.assert_close(pages.statistics[ids].double(), expected, rtol=1e-5, atol=1e-5)
+        compare_pages(pages, ids, pages.key[ids])
         if rest:
-            last = int(table[full])
-            expected = from_scratch(pages.key[last, :, :rest].double(), names)
-            found = pages.statistics[last].double()
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            last = table[full : full + 1].long()
+            compare_pages(pages, last, pages.key[last, :, :rest])
         count += full + bool(rest)
     return count
 
 
-def from_scratch(rows: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-    """Statistics of a page's first rows [..., rows, D], as [..., 2, D]."""
-    if names == ("mean", "std"):
-        parts = rows.mean(-2), rows.std(-2, correction=0).clamp_min(1e-6)
+def compare_pages(pages, ids, rows) -> None:
+    """Statistics of pages [pages] are those of their keys [pages, kv_heads, rows, D]."""
+    if pages.layout.boxed:
+        statistics, scales = box_between(rows.amin(-2), rows.amax(-2))
+        assert torch.equal(pages.statistics[ids].float(), statistics.float())
+        assert torch.equal(pages.scales[ids], scales)
     else:
-        parts = rows.amin(-2), rows.amax(-2)
-    return torch.stack(parts, dim=-2)
+        rows = rows.double()
+        expected = torch.stack((rows.mean(-2), rows.std(-2, correction=0).clamp_min(1e-6)), -2)
+        found = pages.statistics[ids].double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_at_every_decode_step_every_page_holds_the_statistics_of_its_own_rows(llm, used):
@@ -116,4 +119,9 @@ def test_the_statistics_are_planned_in_vllms_cache_memory(llm):
         assert spec.page_size_bytes * 264 == layer.kv_cache.untyped_storage().nbytes() // len(
             layers_of(llm)
         )
-        assert spec.state_content_bytes == (2 + 2 / 16) * layer.head_size * 4
+        size = layer.head_size
+        if layer.impl.config.selector == "gaussian":
+            elements = (2 + 2 / 16) * size
+        else:  # 16 keys and values and a box, in elements of 2 bytes, to a multiple of 128 bytes
+            elements = math.ceil((64 * size + 2 * size + 8) / 128) * 128 / 2 / 16
+        assert spec.state_content_bytes == elements * 4

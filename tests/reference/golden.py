@@ -36,7 +36,9 @@ def golden_candidates(statistics=("mean", "std"), alpha=ALPHA, alibi_slopes=None
     cache, _, seq_lens = golden_cache(statistics)
     return Candidates(
         query=QUERY[:, None],
-        statistics=cache.statistics.permute(2, 1, 0, 3)[:, None],
+        statistics=cache.read_statistics(torch.arange(11)[None], torch.float64).permute(
+            3, 0, 2, 1, 4
+        ),
         ranked=torch.arange(11)[None] < 10,
         seq_lens=seq_lens,
         page_size=PAGE_SIZE,

@@ -152,7 +152,8 @@ def make_fp8_scene(
     num_pages, kv_heads = scene.cache.key.shape[:2]
     raw = allocate_pages(kv_heads, num_pages, layout).fill_(torch.nan).transpose(0, 1)
     scene.cache = split_pages(raw, layout)
-    scene.cache.statistics.fill_(torch.nan)  # the bytes of two fp8 NaN are no bf16 NaN
+    # The bytes of several fp8 NaN are no wider NaN.
+    (scene.cache.scales if layout.boxed else scene.cache.statistics).fill_(torch.nan)
     slots = [scene.slots(b, 0, n) for b, n in enumerate(lengths)]
     inputs = torch.cat(scene.key), torch.cat(scene.value), torch.cat(slots)
     append(scene.cache, *inputs, key_scale=key_scale, value_scale=value_scale)

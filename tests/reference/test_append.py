@@ -1,35 +1,58 @@
 """Writing tokens into pages, and the statistics that are kept of them."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entmaxkv_kernels import append
+from entmaxkv_kernels import PageLayout, allocate_pages, append, split_pages
+from entmaxkv_kernels.pages import BOX
 
 from .scene import assert_close, make_scene
 
-STATISTICS = [("mean", "std"), ("minimum", "maximum")]
+STATISTICS = [("mean", "std"), BOX]
 statistics = pytest.mark.parametrize("statistics", STATISTICS, ids=" and ".join)
 
 
-def expected_statistics(key, names):
+def expected_moments(key):
     """Of one page's own keys [tokens, kv_heads, head_size]: [kv_heads, 2, head_size]."""
     key = key.double()
-    if names == ("mean", "std"):
-        both = key.mean(0), key.std(0, correction=0).clamp_min(1e-6)
+    return torch.stack((key.mean(0), key.std(0, correction=0).clamp_min(1e-6)), 1)
+
+
+def assert_box(kept, key):
+    """The box [kv_heads, 2, head_size] holds the keys [tokens, kv_heads, head_size], exactly, and
+    is no wider than 8 bits make it."""
+    low, high = key.double().amin(0), key.double().amax(0)
+    for center, half, least, most in zip(
+        *(x.flatten().tolist() for x in (*kept.unbind(1), low, high)), strict=True
+    ):
+        assert Fraction(center) - Fraction(half) <= least
+        assert Fraction(center) + Fraction(half) >= most
+    step = ((low + high) / 2).abs().amax(-1, keepdim=True) / 127
+    reach = (high - low) / 2 + step / 2
+    widest = reach + reach.amax(-1, keepdim=True) / 127
+    assert (kept[:, 1] <= (1 + 1e-4) * widest + 1e-42).all()
+
+
+def assert_page(cache, page, key, tolerance=1e-12):
+    """The page's statistics are those of its own keys [tokens, kv_heads, head_size]."""
+    kept = cache.read_statistics(page, torch.float64)
+    if cache.layout.boxed:
+        assert_box(kept, key)
     else:
-        both = key.amin(0), key.amax(0)
-    return torch.stack(both, 1)
+        assert_close(kept, expected_moments(key), tolerance)
 
 
-def assert_statistics(scene, lengths, tolerance=1e-12):
-    size, names = scene.page_size, scene.cache.layout.statistics
+def assert_statistics(scene, lengths):
+    size = scene.page_size
     for b, length in enumerate(lengths):
         for page in range(-(-length // size)):
             own = scene.key[b][page * size : min(length, (page + 1) * size)]
-            kept = scene.cache.statistics[scene.block_table[b, page]]
-            assert_close(kept, expected_statistics(own, names), tolerance)
+            assert_page(scene.cache, scene.block_table[b, page], own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -95,11 +118,10 @@ def test_pages_of_a_previous_owner_leave_no_trace(statistics):
     scene.block_table[1, :3] = scene.block_table[0, 1:4].flip(0)  # sequence 0 has gone
     for start, end in [(0, 5), (5, 18), (18, 33), (33, 34), (34, 40)]:
         scene.append(1, start, end)
-        size, names = scene.page_size, statistics
+        size = scene.page_size
         for page in range(-(-end // size)):
             own = scene.key[1][page * size : min(end, (page + 1) * size)]
-            kept = scene.cache.statistics[scene.block_table[1, page]]
-            assert_close(kept, expected_statistics(own, names), 1e-12)
+            assert_page(scene.cache, scene.block_table[1, page], own)
 
 
 def test_equal_keys_have_the_least_standard_deviation():
@@ -111,15 +133,70 @@ def test_equal_keys_have_the_least_standard_deviation():
     assert_close(kept[:, :, 1], torch.full_like(kept[:, :, 1], 1e-6), 1e-20)
 
 
-@statistics
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_statistics_are_rounded_once(statistics, dtype):
-    scene = make_scene([16, 37], statistics=statistics, dtype=dtype)
+def test_means_and_deviations_are_rounded_once(dtype):
+    scene = make_scene([16, 37], statistics=("mean", "std"), dtype=dtype)
     for b, length in enumerate([16, 37]):
         for page in range(-(-length // 16)):
             own = scene.key[b][page * 16 : min(length, (page + 1) * 16)]
-            expected = expected_statistics(own, statistics)
+            expected = expected_moments(own)
             kept = scene.cache.statistics[scene.block_table[b, page]].double()
             # Half a unit in the last place of the stored value, and the float32 arithmetic.
             unit = torch.finfo(dtype).eps / 2 * expected.abs() + 4e-7
             assert ((kept - expected).abs() <= unit).all()
+
+
+def keys_to_bound(kind, random):
+    """[16 tokens, 4 heads, 32], fp64."""
+    key = torch.randn(16, 4, 32, generator=random, dtype=torch.float64)
+    uniform = torch.rand(1, 4, 32, generator=random, dtype=torch.float64)
+    return {
+        "normal": key,
+        "outlier channels": key * torch.where(uniform < 0.1, 1e3, 1.0),
+        "far from zero": key + 1e3,
+        "equal": key[:1].expand_as(key),
+        "zero": 0 * key,
+        "one channel": key * (torch.arange(32) == 5),
+        "of all magnitudes": key * 10 ** (70 * uniform - 36),
+        "tiny": 1e-43 * key,
+        "huge": (1e37 * key).clamp(-8e37, 8e37),
+        "the largest of fp8": (100 * key).sign() * 448,
+    }[kind]
+
+
+KINDS = ["normal", "outlier channels", "far from zero", "equal", "zero", "one channel"]
+KINDS += ["of all magnitudes", "tiny", "huge", "the largest of fp8"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_holds_the_keys_whatever_they_are(kind, dtype):
+    layout = PageLayout(16, 32, BOX)
+    random = torch.Generator().manual_seed(0)
+    cache = split_pages(allocate_pages(20, 4, layout, dtype), layout)
+    for page in range(20):
+        key = keys_to_bound(kind, random).to(dtype)
+        key = key.nan_to_num(posinf=6e4, neginf=-6e4)
+        append(cache, key, key, 16 * page + torch.arange(16))
+        assert_box(cache.read_statistics(page, torch.float64), key)
+
+
+def test_a_box_counts_infinite_keys_as_large_and_leaves_out_what_is_no_number():
+    layout = PageLayout(16, 32, BOX)
+    cache = split_pages(allocate_pages(1, 4, layout, torch.float32), layout)
+    key = keys_to_bound("normal", torch.Generator().manual_seed(0)).float()
+    key[3, 0, 7], key[4, 1, 8], key[:, 2, 9] = math.inf, -math.inf, math.nan
+    append(cache, key, key, torch.arange(16))
+    key[3, 0, 7], key[4, 1, 8], key[:, 2, 9] = 2.0**126, -(2.0**126), 0
+    assert_box(cache.read_statistics(0, torch.float64), key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_boxes_are_the_same_bytes_however_the_keys_came(dtype):
+    whole = make_scene([45], statistics=BOX, dtype=dtype)
+    parts = make_scene([45], statistics=BOX, dtype=dtype, filled=False)
+    for start, end in [(0, 1), (1, 9), (9, 30), (30, 31), (31, 45)]:
+        parts.append(0, start, end)
+    pages = whole.block_table[0, :3].long()
+    for name in ("statistics", "scales"):
+        assert torch.equal(*(getattr(x.cache, name)[pages] for x in (whole, parts)))

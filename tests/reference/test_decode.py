@@ -203,7 +203,7 @@ def test_the_dropped_mass_bounds_the_output_error(length, budget, spread, seed, 
     """What is read gains what was dropped: the difference is delta * (mean of the dropped values
     - mean of the gaining ones), at most 2 delta times the largest value; none without delta."""
     scene = make_scene(
-        [length], head_size=32, statistics=("minimum", "maximum"), spread=spread, seed=seed
+        [length], head_size=32, statistics=("center", "half_width"), spread=spread, seed=seed
     )
     selector = TopK(budget)
     report = analyze(scene, selector, alpha=alpha)
@@ -226,7 +226,7 @@ def test_a_step_is_exact_when_no_bound_of_an_unread_page_exceeds_tau(
     length, budget, alibi, seed, alpha
 ):
     scene = make_scene(
-        [length], statistics=("minimum", "maximum"), spread=5, coherence=0.95, seed=seed
+        [length], statistics=("center", "half_width"), spread=5, coherence=0.95, seed=seed
     )
     slopes = torch.tensor([0.3, 0.0, 0.05, 0.1]) if alibi else None
     options = {"alpha": alpha, "alibi_slopes": slopes}
@@ -242,7 +242,7 @@ def test_a_step_is_exact_when_no_bound_of_an_unread_page_exceeds_tau(
 
 
 def test_a_step_certified_by_the_page_bounds_is_exact():
-    cache, block_table, seq_lens = golden.golden_cache(("minimum", "maximum"))
+    cache, block_table, seq_lens = golden.golden_cache(("center", "half_width"))
     context = golden.QUERY, cache, block_table, seq_lens
     options = {"scale": golden.SCALE, "alpha": golden.ALPHA}
     report = analyze_decode(*context, selector=TopK(64), **options)

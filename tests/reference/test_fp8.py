@@ -18,9 +18,10 @@ from entmaxkv_kernels import (
     prefill,
     split_pages,
 )
+from entmaxkv_kernels.pages import BOX
 
 from .scene import assert_close, make_fp8_scene, make_scene
-from .test_append import expected_statistics
+from .test_append import assert_box, expected_moments
 
 FP8 = torch.float8_e4m3fn
 SCALES = {"key_scale": 0.07, "value_scale": 0.009}
@@ -28,9 +29,7 @@ RAGGED = [1, 15, 16, 17, 70]
 ALL_PAGES = [Exact(), Gaussian(excess_fraction=1e6, safety=1e6, narrow_safety=1e6), TopK(10**6)]
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-statistics = pytest.mark.parametrize(
-    "statistics", [("mean", "std"), ("minimum", "maximum")], ids=" and ".join
-)
+statistics = pytest.mark.parametrize("statistics", [("mean", "std"), BOX], ids=" and ".join)
 
 
 def tolerance_of(dtype):
@@ -75,14 +74,17 @@ def test_what_is_out_of_range_is_saturated_and_what_is_no_number_stays_none():
 @dtypes
 def test_statistics_are_those_of_the_stored_numbers_rounded_once(statistics, dtype):
     scene = make_fp8_scene(RAGGED, statistics=statistics, dtype=dtype, **SCALES)
-    assert scene.cache.statistics.dtype == torch.bfloat16
+    boxed = scene.cache.layout.boxed
+    assert scene.cache.statistics.dtype == (torch.int8 if boxed else torch.bfloat16)
     for b, length in enumerate(RAGGED):
         for page in range(-(-length // 16)):
             own = scene.key[b][page * 16 : min(length, (page + 1) * 16)] / SCALES["key_scale"]
-            expected = expected_statistics(own, statistics)
-            kept = scene.cache.statistics[scene.block_table[b, page]].double()
-            exact = "minimum" in statistics
-            unit = 0.0 if exact else torch.finfo(torch.bfloat16).eps / 2 * expected.abs() + 1e-5
+            kept = scene.cache.read_statistics(scene.block_table[b, page], torch.float64)
+            if boxed:
+                assert_box(kept, own.float())
+                continue
+            expected = expected_moments(own)
+            unit = torch.finfo(torch.bfloat16).eps / 2 * expected.abs() + 1e-5
             assert ((kept - expected).abs() <= unit + 1e-12).all()
 
 
@@ -96,6 +98,7 @@ def test_chunks_give_what_one_append_gives_and_what_is_stored_is_stored_again(st
         append(cache, key, value, scene.slots(0, start, end), **SCALES)
     pages = scene.block_table[0, :3].long()
     assert torch.equal(cache.statistics[pages], scene.cache.statistics[pages])
+    assert torch.equal(cache.scales[pages], scene.cache.scales[pages])
     for stored, expected in ((cache.key, scene.cache.key), (cache.value, scene.cache.value)):
         assert torch.equal(stored[pages].float(), expected[pages].float().nan_to_num())
 
@@ -172,8 +175,8 @@ def test_the_pages_are_those_of_a_wide_cache_of_the_same_keys(selector):
     assert_close(reports[0].tau, reports[1].tau, 1e-5)
 
 
-def test_the_parts_tile_an_fp8_page_and_its_statistics_are_bf16():
-    layout = PageLayout(32, 80, ("minimum", "maximum"), fp8=True)
+def test_the_parts_tile_an_fp8_page_and_its_moments_are_bf16():
+    layout = PageLayout(32, 80, ("mean", "std"), fp8=True)
     assert layout.elements_per_page == 2 * 32 * 80 + 4 * 80
     assert layout.elements_per_token == 170
     pages = allocate_pages(2, 3, layout).transpose(0, 1)
@@ -184,6 +187,16 @@ def test_the_parts_tile_an_fp8_page_and_its_statistics_are_bf16():
     key, value, rest = pages.reshape(3, 2, -1).split([32 * 80, 32 * 80, 4 * 80], -1)
     assert (key.float() == 1).all() and (value.float() == 2).all()
     assert (rest.contiguous().view(torch.bfloat16) == 3).all()
+
+
+def test_a_box_is_of_8_bits_in_an_fp8_page():
+    layout = PageLayout(32, 80, BOX, fp8=True)
+    # Keys, values, box and scales, padded to a multiple of 128 bytes.
+    assert layout.elements_per_page == 2 * 32 * 80 + 2 * 80 + 8 + 88
+    cache = split_pages(allocate_pages(2, 3, layout).transpose(0, 1), layout)
+    assert cache.statistics.dtype == torch.int8
+    assert cache.statistics.shape == (3, 2, 2, 80)
+    assert cache.scales.shape == (3, 2, 2)
 
 
 def test_pages_of_another_dtype_than_the_layout_are_refused():

@@ -192,7 +192,7 @@ def candidates_of(scene, alpha, alibi_slopes=None):
     ids = scene.block_table[:, : ranked.shape[1]].long().masked_fill(~ranked, 0)
     return Candidates(
         query=scene.last_queries.unflatten(1, (scene.cache.key.shape[1], -1)),
-        statistics=scene.cache.statistics[ids].permute(3, 0, 2, 1, 4),
+        statistics=scene.cache.read_statistics(ids, torch.float64).permute(3, 0, 2, 1, 4),
         ranked=ranked,
         seq_lens=scene.seq_lens,
         page_size=size,

@@ -4,35 +4,54 @@ import pytest
 import torch
 
 from entmaxkv_kernels import TopK
+from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.reference.quest import quest_bounds, quest_pages
 
-from .golden import golden_candidates
+from .golden import KEY, QUERY, SCALE, golden_cache, golden_candidates
 from .scene import make_scene
 from .test_gaussian import candidates_of
 
-EXTREMES = ("minimum", "maximum")
+KNOWN = [1.5225, 1.6691, 2.0792, 2.6696, 3.3192, 3.8909, 4.2575, 4.3252, 4.0510, 3.4473]
+ORDER = [7, 6, 8, 5, 9, 4, 3, 2, 1, 0]
+
+
+def extreme_bounds():
+    """Bounds by the exact extremes of the keys of the golden context."""
+    pages = KEY[:160, 0].view(10, 16, 8)
+    low, high = pages.amin(1), pages.amax(1)
+    statistics = torch.stack(((low + high) / 2, (high - low) / 2))[:, None, None]
+    ranked = torch.ones(1, 10, dtype=torch.bool)
+    return quest_bounds(golden_candidates()._replace(statistics=statistics, ranked=ranked))[0, 0, 0]
 
 
 def test_the_bounds_of_the_paper_have_their_known_values():
-    bounds = quest_bounds(golden_candidates(EXTREMES))[0, 0, 0, :10]
-    known = [1.5225, 1.6691, 2.0792, 2.6696, 3.3192, 3.8909, 4.2575, 4.3252, 4.0510, 3.4473]
-    assert bounds.tolist() == pytest.approx(known, abs=6e-5)
-    order = bounds.argsort(descending=True).tolist()
-    assert order == [7, 6, 8, 5, 9, 4, 3, 2, 1, 0]
+    bounds = extreme_bounds()
+    assert bounds.tolist() == pytest.approx(KNOWN, abs=6e-5)
+    assert bounds.argsort(descending=True).tolist() == ORDER
+
+
+def test_boxes_of_8_bits_loosen_the_bounds_of_the_paper_by_their_steps_at_most():
+    bounds = quest_bounds(golden_candidates(BOX))[0, 0, 0, :10]
+    scales = golden_cache(BOX)[0].scales[:10, 0].double()
+    # A center is off by half a step, for which the half-width makes room, and is rounded up.
+    steps = scales[:, 0] + scales[:, 1] * (1 + 1e-4)
+    looser = bounds - extreme_bounds()
+    assert (looser >= 0).all()
+    assert (looser <= QUERY.abs().sum() * SCALE * 0.5 * steps).all()
+    assert bounds.argsort(descending=True).tolist() == ORDER
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 0), (15, 0), (16, 1), (64, 4), (79, 4), (160, 10)])
 def test_a_budget_buys_whole_pages_best_first(budget, pages):
-    order = [7, 6, 8, 5, 9, 4, 3, 2, 1, 0]
-    chosen = quest_pages(golden_candidates(EXTREMES), TopK(budget))[0, 0]
-    assert chosen.nonzero().flatten().tolist() == sorted(order[:pages])
+    chosen = quest_pages(golden_candidates(BOX), TopK(budget))[0, 0]
+    assert chosen.nonzero().flatten().tolist() == sorted(ORDER[:pages])
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0], ids="alpha {}".format)
 @pytest.mark.parametrize("alibi", [False, True], ids=["no ALiBi", "ALiBi"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_score_of_a_page_exceeds_its_bound(alpha, alibi, seed):
-    scene = make_scene([150, 40], group=3, statistics=EXTREMES, spread=3, seed=seed)
+    scene = make_scene([150, 40], group=3, statistics=BOX, spread=3, seed=seed)
     slopes = torch.tensor([1.0, 0.1, 0.0, -0.2, -1.0, 0.01]) if alibi else None
     bounds = quest_bounds(candidates_of(scene, alpha, slopes)).flatten(1, 2)
     factor = 1 if alpha == 1 else alpha - 1
@@ -48,20 +67,20 @@ def test_no_score_of_a_page_exceeds_its_bound(alpha, alibi, seed):
 
 def test_alibi_counts_at_the_most_favourable_position_of_a_page():
     slopes = torch.tensor([0.05])
-    without = quest_bounds(golden_candidates(EXTREMES))
+    without = quest_bounds(golden_candidates(BOX))
     first = torch.arange(11) * 16.0 - 160
-    rising = quest_bounds(golden_candidates(EXTREMES, alibi_slopes=slopes))
+    rising = quest_bounds(golden_candidates(BOX, alibi_slopes=slopes))
     assert (rising - without)[0, 0, 0, :10].tolist() == pytest.approx(
         (0.5 * 0.05 * (first + 15))[:10].tolist(), abs=1e-6
     )
-    falling = quest_bounds(golden_candidates(EXTREMES, alibi_slopes=-slopes))
+    falling = quest_bounds(golden_candidates(BOX, alibi_slopes=-slopes))
     assert (falling - without)[0, 0, 0, :10].tolist() == pytest.approx(
         (-0.5 * 0.05 * first)[:10].tolist(), abs=1e-6
     )
 
 
 def test_a_group_ranks_a_page_by_the_head_it_matters_most_to():
-    scene = make_scene([330], group=3, statistics=EXTREMES, spread=3)
+    scene = make_scene([330], group=3, statistics=BOX, spread=3)
     # One head with scores far above the others', which it must not silence.
     scene.query[0][-1, 0] *= 20
     candidates = candidates_of(scene, 1.5)
@@ -77,14 +96,15 @@ def test_a_group_ranks_a_page_by_the_head_it_matters_most_to():
 
 
 def test_equal_pages_are_taken_from_the_first():
-    scene = make_scene([200], kv_heads=1, group=2, statistics=EXTREMES)
-    scene.cache.statistics[:] = scene.cache.statistics[scene.block_table[0, 0]].clone()
+    scene = make_scene([200], kv_heads=1, group=2, statistics=BOX)
+    for part in (scene.cache.statistics, scene.cache.scales):
+        part[:] = part[scene.block_table[0, 0]].clone()
     chosen = quest_pages(candidates_of(scene, 1.5), TopK(48))[0, 0]
     assert chosen.nonzero().flatten().tolist() == [0, 1, 2]
 
 
 def test_each_sequence_spends_its_own_budget():
-    scene = make_scene([200, 33, 17, 64], statistics=EXTREMES)
+    scene = make_scene([200, 33, 17, 64], statistics=BOX)
     chosen = quest_pages(candidates_of(scene, 1.5), TopK(48)).sum(-1)
     assert chosen.tolist() == [[3, 3], [2, 2], [1, 1], [3, 3]]
 

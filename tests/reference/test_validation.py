@@ -246,7 +246,7 @@ def test_prefill_names_what_is_wrong_with_its_chunks(scene, message, changes):
         (TypeError, r"selector is 'exact'; expected an Exact, Gaussian", {"selector": "exact"}),
         (
             ValueError,
-            r"cache.layout.statistics is \('mean', 'std'\); expected \('minimum', 'maximum'\), "
+            r"cache.layout.statistics is \('mean', 'std'\); expected \('center', 'half_width'\), "
             r"which the topk selector reads",
             {"selector": TopK(64)},
         ),
