@@ -83,7 +83,7 @@ def about(commit: str | None) -> dict[str, Any]:
     commit: for a copy of the code that is no checkout.
     """
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions(),
         "commit": commit or checked_out(),
         "date": datetime.date.today().isoformat(),

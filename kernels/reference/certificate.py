@@ -31,8 +31,8 @@ def dropped_mass_bound(
         result = torch.empty_like(tau)
         for value in alpha.unique().tolist():
             heads = alpha == value
-            parts = (x[heads][:, None] for x in (weights, tau, bounds))
-            result[heads] = dropped_mass_bound(*parts, page_size, value)[:, 0]
+            own = [x[heads][:, None] for x in (weights, tau, bounds)]
+            result[heads] = dropped_mass_bound(own[0], own[1], own[2], page_size, value)[:, 0]
         return result
     # Far above tau, differences in fp32 would be coarser than the weights that they stand for.
     reach = bounds.double() - tau.double()[..., None]
