@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import put_tables
 from timing import about
 from torch import Tensor
 
@@ -116,9 +117,31 @@ def summary(found: dict[str, Tensor], rounding: float) -> dict[str, Any]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
+        f"{result['versions']['torch']} on a {result['gpu']}, commit {result['commit'][:12]}, "
+        f"{result['date']}.",
+        "",
+        "| keys | dtype | ALiBi | heads | violations | exact | certified | near 1 | tightness |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        tightness = row["median_tightness"]
+        lines.append(
+            f"| {row['keys']} | {row['dtype']} | {'yes' if row['alibi'] else 'no'} "
+            f"| {row['heads_checked']:,} | {row['violations']} | {row['exact']:.1%} "
+            f"| {row['certified']:.1%} | {row['above_0.99']:.1%} "
+            f"| {'' if tightness is None else f'{tightness:.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="a Markdown page to put the table into")
     parser.add_argument("--heads", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
@@ -142,6 +165,8 @@ def main() -> None:
     totals = {name: sum(int(row[name]) for row in rows) for name in ("heads_checked", "violations")}
     result = about(args.commit) | totals | {"seconds": time.perf_counter() - began, "rows": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.page:
+        put_tables(args.page, table(result))
     if totals["violations"]:
         raise SystemExit(f"{totals['violations']} bounds lie below what was dropped")
 

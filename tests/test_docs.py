@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import check_certificate
 import measure_fidelity
 import pytest
 import tabulate_kernels
@@ -50,6 +51,15 @@ def test_serving_is_compared_within_a_run_and_sparse_selectors_left_pages_unread
         sparse = row["selector"] != "exact"
         assert (row["sparse_steps"] > 0.99 * row["steps"]) if sparse else row["sparse_steps"] == 0
         assert (row["pages_read_share"] < 1) is sparse
+
+
+def test_the_certificate_was_never_wrong_on_a_million_heads():
+    result = json.loads((DOCS / "results" / "certificate-reference.json").read_text())
+    assert result["heads_checked"] >= 1_000_000
+    assert result["violations"] == 0
+    assert sum(row["heads_checked"] for row in result["rows"]) == result["heads_checked"]
+    assert any(row["certified"] > 0.2 for row in result["rows"])
+    assert check_certificate.table(result) in (DOCS / "certificate.md").read_text()
 
 
 def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):
