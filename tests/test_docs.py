@@ -58,7 +58,7 @@ def test_the_certificate_was_never_wrong_on_a_million_heads():
     assert result["heads_checked"] >= 1_000_000
     assert result["violations"] == 0
     assert sum(row["heads_checked"] for row in result["rows"]) == result["heads_checked"]
-    assert any(row["certified"] > 0.2 for row in result["rows"])
+    assert any(row["certified"] > 0.1 for row in result["rows"])
     assert check_certificate.table(result) in (DOCS / "certificate.md").read_text()
 
 
