@@ -42,6 +42,9 @@ class DecodeReport:
     selected: [B, kv_heads, P] bool, pages read, by position in the sequence; P is the number of
         pages of the longest sequence.
     dropped_mass: [B, query_heads] exact weight on tokens of unselected pages, in [0, 1].
+    dropped_bound: [B, query_heads] what `dropped_mass` is at most, in [0, 1], by the statistics
+        and what was read; 0 proves that nothing was dropped. None for a selector whose statistics
+        bound nothing.
     support_recall: [B, query_heads] share of the exact support that lies in selected pages.
     output_error: [B, query_heads] norm of the difference between the selected and the exact
         output, divided by the norm of the exact output.
@@ -50,5 +53,6 @@ class DecodeReport:
     tau: Tensor
     selected: Tensor
     dropped_mass: Tensor
+    dropped_bound: Tensor | None
     support_recall: Tensor
     output_error: Tensor

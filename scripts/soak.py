@@ -123,6 +123,7 @@ def compare_statistics(llm: Any) -> dict[str, int]:
         slots = torch.arange(len(known) * size, device=ids.device)
         append(fresh, key, value, slots, implementation=layer.impl.kernels)
         same = (fresh.statistics == pages.statistics[ids]).flatten(1).all(1)
+        same &= (fresh.scales == pages.scales[ids]).flatten(1).all(1)
         compared, wrong = compared + len(same), wrong + int((~same).sum())
     return {"blocks_compared": compared, "blocks_wrong": wrong}
 

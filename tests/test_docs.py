@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import check_certificate
 import measure_fidelity
 import pytest
 import soak
@@ -57,6 +58,15 @@ def test_the_soak_tested_what_it_is_for_and_found_nothing():
     for row in json.loads((DOCS / "results" / "soak-h200.json").read_text())["rows"]:
         assert row["requests"] >= 2000
         assert soak.complaints(row) == []
+
+
+def test_the_certificate_was_never_wrong_on_a_million_heads():
+    result = json.loads((DOCS / "results" / "certificate-reference.json").read_text())
+    assert result["heads_checked"] >= 1_000_000
+    assert result["violations"] == 0
+    assert sum(row["heads_checked"] for row in result["rows"]) == result["heads_checked"]
+    assert any(row["certified"] > 0.1 for row in result["rows"])
+    assert check_certificate.table(result) in (DOCS / "certificate.md").read_text()
 
 
 def test_gaussian_answers_within_two_points_of_exact_at_every_length(result):

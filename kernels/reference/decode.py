@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..report import Counter, DecodeReport
-from ..selectors import Selector
+from ..selectors import Exact, Selector, TopK
+from .certificate import dropped_mass_bound
 from .entmax import solve_entmax
 from .scores import scale_to_scores
 from .select import select_pages
@@ -200,6 +201,13 @@ def analyze_decode(
 ) -> DecodeReport:
     """See `entmaxkv_kernels.analyze_decode`."""
     seq_lens = seq_lens.long()
+    kv_heads, page_size = cache.key.shape[1:3]
+    heads = (len(query), kv_heads, query.shape[1] // kv_heads)
+    scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
+    pages = -(-int(seq_lens.max()) // page_size) if len(seq_lens) else 0
+    whole = isinstance(selector, Exact) or sliding_window is not None
+    bounded = isinstance(selector, TopK) and not whole
+    bounds = scaled.new_full((*heads, pages), -torch.inf) if bounded else None
     selection = select_pages(
         query,
         cache,
@@ -212,10 +220,9 @@ def analyze_decode(
         sliding_window=sliding_window,
         exact_rows=exact_rows,
         exact_below=exact_below,
+        bounds=bounds,
     )
-    scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
-    heads = (len(query), cache.key.shape[1], query.shape[1] // cache.key.shape[1])
-    tau, dropped, recall = (scaled.new_zeros(heads) for _ in range(3))
+    tau, dropped, recall, bound = (scaled.new_zeros(heads) for _ in range(4))
     exact, difference = (scaled.new_zeros(*heads, query.shape[2]) for _ in range(2))
     context = (scaled, cache, block_table, seq_lens)
     everything = selection.held[:, None].expand_as(selection.selected)
@@ -231,11 +238,21 @@ def analyze_decode(
     for rows in attend_pages(*context, selection.selected, alpha, slopes, sliding_window):
         place = rows.sequence, rows.head
         difference[place] = rows.output - exact[place]
+        if bounds is not None:
+            read = selection.selected[place][:, None]
+            bound[place] = dropped_mass_bound(
+                rows.weights.flatten(2),
+                rows.tau,
+                bounds[place].masked_fill(read, -torch.inf),
+                page_size,
+                alpha.view(heads[1:])[rows.head] if isinstance(alpha, Tensor) else alpha,
+            )
     norm = exact.norm(dim=-1).clamp_min(torch.finfo(exact.dtype).tiny)
     return DecodeReport(
         tau=tau.flatten(1),
         selected=selection.selected,
         dropped_mass=dropped.flatten(1),
         support_recall=recall.flatten(1),
+        dropped_bound=bound.flatten(1) if whole or bounded else None,
         output_error=(difference.norm(dim=-1) / norm).flatten(1),
     )

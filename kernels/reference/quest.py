@@ -34,6 +34,26 @@ def quest_bounds(candidates: Candidates) -> Tensor:
     return bounds
 
 
+def sound_bounds(candidates: Candidates) -> Tensor:
+    """The same, made so much larger that no rounding, of the bounds or of scores, is in the way.
+
+    A sum of n products is wrong by at most n eps times the sum of their magnitudes.
+    """
+    bounds = quest_bounds(candidates)
+    center, half_width = candidates.statistics
+    query, slopes = scale_to_scores(
+        candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
+    )
+    query = query.unflatten(1, candidates.query.shape[1:3])
+    magnitude = query.abs() @ (center.abs() + half_width).mT
+    if slopes is not None:
+        farthest = (
+            slopes.abs().view(*query.shape[1:3], 1) * candidates.seq_lens[:, None, None, None]
+        )
+        magnitude = magnitude + farthest
+    return bounds + 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
+
+
 def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:
     """Pages [B, kv_heads, P] bool to read: the best `token_budget // page_size` of each row.
 

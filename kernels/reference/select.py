@@ -13,7 +13,7 @@ from ..pages import PagedCache
 from ..selectors import Exact, Gaussian, Selector
 from .candidates import Candidates
 from .gaussian import gaussian_pages
-from .quest import quest_pages
+from .quest import quest_pages, sound_bounds
 from .scores import compute_dtype
 
 CHUNK_ELEMENTS = 1 << 22
@@ -42,8 +42,13 @@ def select_pages(
     sliding_window: int | None,
     exact_rows: Tensor | None,
     exact_below: int,
+    bounds: Tensor | None = None,
 ) -> Selection:
-    """The pages to read for query [B, query_heads, head_size]; arguments as in `decode`."""
+    """The pages to read for query [B, query_heads, head_size]; arguments as in `decode`.
+
+    bounds: [B, kv_heads, group, P] to write upper bounds of the scores z in ranked pages to, by a
+        selector whose statistics bound the keys.
+    """
     kv_heads, page_size = cache.key.shape[1:3]
     page_count = (seq_lens + page_size - 1) // page_size
     page = torch.arange(int(page_count.max()) if len(seq_lens) else 0, device=query.device)
@@ -79,5 +84,8 @@ def select_pages(
             chosen = gaussian_pages(candidates, selector)
         else:
             chosen = quest_pages(candidates, selector)
+            if bounds is not None:
+                sound = sound_bounds(candidates)
+                bounds[rows] = sound.masked_fill(~ranked[:, None, None], -torch.inf)
         selected[rows] = chosen | (held[rows] & ~ranked)[:, None]
     return Selection(held, selected, sparse)
