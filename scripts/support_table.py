@@ -15,6 +15,7 @@ STATISTICS = f"{ENGINE}test_statistics.py::"
 PARALLEL = f"{ENGINE}test_parallel.py::"
 SERVING = f"{ENGINE}test_serving.py::"
 GPU = "tests/gpu/test_serving.py::"
+GPUS = "tests/gpu/test_parallel.py::"
 DECODE = "tests/reference/test_decode.py::"
 PREFILL = "tests/reference/test_prefill.py::"
 
@@ -170,7 +171,10 @@ SCHEDULING = (
     Line("adaptive verification", layer={"use_adaptive_verification": True}),
     Line("batch invariance", layer={"use_batch_invariant": True}),
     Line("structured output", cpu=f"{SERVING}test_structured_output_is_one_of_the_choices"),
-    Line("LoRA"),
+    Line(
+        "LoRA",
+        cpu=f"{ENGINE}test_lora.py::test_an_adapter_answers_as_a_model_that_has_its_weights",
+    ),
     Line("sleep and wake", not_on_cpu="vLLM has it for GPUs"),
     Line(
         "layers kept dense (`dense_layers`)",
@@ -193,9 +197,11 @@ PROCESSES = (
     Line(
         "tensor parallelism",
         cpu=f"{PARALLEL}test_two_ranks_read_the_pages_that_one_reads_and_answer_the_same",
+        gpu=f"{GPUS}test_two_gpus_give_the_tokens_of_the_reference",
     ),
     Line(
         "pipeline parallelism",
+        gpu=f"{GPUS}test_two_gpus_give_the_tokens_of_the_reference",
         not_on_cpu="vLLM 0.32's CPU worker fails, also with its own attention backend",
     ),
     Line(
