@@ -28,7 +28,7 @@ def page_layout(config: EntmaxKVConfig, head_size: int, fp8: bool = False) -> Pa
     """The page that the configured selector needs.
 
     Raises:
-        ConfigurationError: if the statistics are not a whole number of values per token.
+        ConfigurationError: if means and deviations are not a whole number of values per token.
     """
     try:
         return PageLayout(config.page_size, head_size, selector_of(config).statistics, fp8)

@@ -29,7 +29,7 @@ STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX)
 
 BOX_ALIGNMENT = 128
 """Bytes that a page with a box is a multiple of: a cache line of a GPU. Where pages start inside
-one, to read all keys of a long context takes 16% longer on an H200."""
+one, reading all keys of a long context takes longer."""
 
 FP8 = torch.float8_e4m3fn
 """The dtype of fp8 pages."""

@@ -30,7 +30,7 @@ ROOM = 512
 """Tokens that a server takes beyond the longest prompt."""
 
 
-def save_model(shape: str, spread: float, longest: int) -> Path:
+def save_model(folder: str, shape: str, spread: float, longest: int) -> None:
     """A checkpoint with random weights; attention scores spread by about `spread`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,12 +47,10 @@ def save_model(shape: str, spread: float, longest: int) -> Path:
         dtype="bfloat16",
         entmax_alpha=1.5,
     )
-    folder = Path(tempfile.mkdtemp(prefix=f"llama-{shape}-"))
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     torch.cuda.empty_cache()
-    return folder
 
 
 def make_requests(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -138,7 +136,11 @@ def measure(arm: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
         after = server.metrics()
     times = [result for result in results if not isinstance(result, BaseException)]
     failures = [repr(result) for result in results if isinstance(result, BaseException)]
-    output = sum(request["max_tokens"] for request in requests)
+    served = [
+        request["max_tokens"]
+        for request, result in zip(requests, results, strict=True)
+        if not isinstance(result, BaseException)
+    ]
     row: dict[str, Any] = {
         "model": args.model.name if args.model else args.shape,
         "selector": arm,
@@ -149,15 +151,18 @@ def measure(arm: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
         "failures": failures,
         "seconds": seconds,
         "requests_per_second": len(times) / seconds,
-        "output_tokens_per_second": output / seconds,
+        "output_tokens_per_second": sum(served) / seconds,
         "prompt_tokens": sum(len(request["prompt"]) for request in requests),
-        "output_tokens": output,
-        "first_token_ms": percentiles([each[0] for each in times]),
-        "per_output_token_ms": percentiles(
-            [(each[-1] - each[0]) / (len(each) - 1) for each in times]
-        ),
-        "whole_ms": percentiles([each[-1] for each in times]),
+        "output_tokens": sum(served),
     }
+    if not failures:
+        row |= {
+            "first_token_ms": percentiles([each[0] for each in times]),
+            "per_output_token_ms": percentiles(
+                [(t[-1] - t[0]) / (n - 1) for t, n in zip(times, served, strict=True)]
+            ),
+            "whole_ms": percentiles([each[-1] for each in times]),
+        }
     for name in ("steps", "sparse_steps", "pages_read", "pages_held", "support", "query_heads"):
         sample = f"entmaxkv_{name}_total"
         row[name] = round(after.get(sample, 0) - before.get(sample, 0))
@@ -190,16 +195,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
+    if args.least_output < 2:
+        parser.error(f"--least-output is {args.least_output}; expected at least 2")
     measured = about(args.commit) | {"score_spread": args.score_spread}
-    longest = args.longest + ROOM
-    model = args.model or save_model(args.shape, args.score_spread, longest)
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
-    for arm in args.arm:
-        rows.append(measure(arm, model, args))
-        print(json.dumps(rows[-1]), flush=True)
-        args.out.write_text(json.dumps(measured | {"rows": rows}, indent=1) + "\n")
-        wrong += complaints(rows[-1])
+    with tempfile.TemporaryDirectory(prefix=f"llama-{args.shape}-") as folder:
+        if args.model is None:
+            save_model(folder, args.shape, args.score_spread, args.longest + ROOM)
+        for arm in args.arm:
+            rows.append(measure(arm, args.model or Path(folder), args))
+            print(json.dumps(rows[-1]), flush=True)
+            args.out.write_text(json.dumps(measured | {"rows": rows}, indent=1) + "\n")
+            wrong += complaints(rows[-1])
     if wrong:
         raise SystemExit("\n".join(wrong))
 

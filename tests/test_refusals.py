@@ -77,7 +77,7 @@ def test_a_block_of_several_pages_is_accepted(start):
         pytest.param(LLAMA, {"options": {"page_size": 20}}, "page_size=20", id="page-size"),
         pytest.param(
             LLAMA | {"head_dim": 80, "entmax_alpha": 1.5},
-            {"options": {"page_size": 128, "selector": "topk"}},
+            {"options": {"page_size": 128, "selector": "gaussian"}},
             "page_size=128 does not fit head size 80",
             id="page-size-and-head-size",
         ),

@@ -14,6 +14,9 @@ from .entmax import exponent
 
 _ITERATIONS = 20
 
+_THRESHOLD_ROUNDING = 8
+"""Units of the last place by which a solved threshold may be too high."""
+
 
 def dropped_mass_bound(
     weights: Tensor, tau: Tensor, bounds: Tensor, page_size: int, alpha: float | Tensor
@@ -36,6 +39,9 @@ def dropped_mass_bound(
         return result
     # Far above tau, differences in fp32 would be coarser than the weights that they stand for.
     reach = bounds.double() - tau.double()[..., None]
+    # The threshold was rounded, too.
+    slack = _THRESHOLD_ROUNDING * torch.finfo(tau.dtype).eps
+    reach = reach + slack * (1 + tau.double().abs())[..., None]
     if alpha == 1:
         mass = page_size * reach.exp().sum(-1)
         return torch.where(mass.isinf(), 1.0, mass / (1 + mass)).to(tau.dtype)
@@ -52,7 +58,10 @@ def dropped_mass_bound(
         step = (total - total ** (1 - 1 / b)) / slope
         # Without an unread score above tau, rounding is all that the total lacks of 1.
         raised = raised + torch.where(unread_total > 0, step.clamp_min(0), 0)
-    return (page_size * _moments(unread, raised, b)[0]).clamp_max(1).to(tau.dtype)
+    mass = (page_size * _moments(unread, raised, b)[0]).clamp_max(1).to(tau.dtype)
+    # Only where nothing unread lies above tau it is 0, whatever rounding leaves of a sum.
+    least = torch.finfo(mass.dtype).tiny
+    return torch.where((reach > 0).any(-1), mass.clamp_min(least), 0)
 
 
 def _moments(x: Tensor, raised: Tensor, b: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
 
-Quest bounds the scores of a page from the channels' extremes: with k_d within half_width_d of
+Quest bounds the scores of a page from a box around its keys: with k_d within half_width_d of
 center_d, q.k <= q.center + |q|.half_width.
 """
 

@@ -108,7 +108,7 @@ class Shape:
     @property
     def row_size(self) -> int:
         """Bytes of a key where it is multiplied, before which fp8 becomes 16 bits wide, and of a
-        statistic."""
+        statistic where it is."""
         return self.padded_head_size * max(2, self.dtype.itemsize)
 
     @property
@@ -118,7 +118,8 @@ class Shape:
 
     @property
     def page_tile(self) -> int:
-        """Pages whose statistics are scored together: 32 KiB of statistics, at most 64 pages."""
+        """Pages whose statistics are scored together: 32 KiB of them where they are multiplied, at
+        most 64 pages."""
         return max(16, min(64, (1 << 14) // self.row_size))
 
     @property

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from reference.scene import make_scene
+from reference.test_append import KINDS, keys_to_bound
 
-from entmaxkv_kernels import reference
+from entmaxkv_kernels import PageLayout, allocate_pages, reference, split_pages
+from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.triton.append import append
 
 from .device import DEVICE, DTYPES, on_device
@@ -64,6 +66,24 @@ def test_chunks_of_several_sequences_give_the_pages_of_the_reference(
         )
         assert_same(scene, cache)
         filled = ends
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "infinite and no number"])
+def test_boxes_are_those_of_the_reference_whatever_the_keys_are(kind, dtype):
+    random = torch.Generator().manual_seed(7)
+    layout = PageLayout(16, 32, BOX)
+    expected = split_pages(allocate_pages(6, 4, layout, dtype), layout)
+    actual = split_pages(allocate_pages(6, 4, layout, dtype, DEVICE), layout)
+    for page in range(6):
+        key = keys_to_bound(kind if kind in KINDS else "normal", random).to(dtype)
+        if kind not in KINDS:
+            key[3, 0, 7], key[4, 1, 8], key[:, 2, 9] = torch.inf, -torch.inf, torch.nan
+        slots = 16 * page + torch.arange(16)
+        reference.append(expected, key, key, slots)
+        append(actual, key.to(DEVICE), key.to(DEVICE), slots.to(DEVICE))
+    assert torch.equal(actual.scales.cpu(), expected.scales)
+    assert torch.equal(actual.statistics.cpu(), expected.statistics)
 
 
 def test_long_prompts_are_written_in_blocks():

@@ -1,5 +1,7 @@
 """What a sparse step says of what it left out, against what it left out."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,13 +51,31 @@ def test_iid_keys_certify_nothing_and_the_bound_says_so():
 
 
 def test_each_head_has_the_bound_of_its_own_alpha():
-    scene = make_scene([500], statistics=BOX, coherence=0.95, spread=4)
-    alphas = [1.0, 1.5, 2.0, 1.3]
-    together = analyze(scene, TopK(64), alpha=alphas).dropped_bound[0]
-    for head, alpha in enumerate(alphas):
-        alone = analyze(scene, TopK(64), alpha=alpha)
-        if torch.equal(alone.selected, analyze(scene, TopK(64), alpha=alphas).selected):
-            assert together[head].item() == pytest.approx(alone.dropped_bound[0, head].item())
+    generator = torch.Generator().manual_seed(4)
+    values = [1.0, 1.3, 1.5, 2.0]
+    alpha = torch.tensor([values, values[::-1]], dtype=torch.float64)
+    read = torch.randn(2, 4, 30, generator=generator, dtype=torch.float64)
+    pairs = [*zip(read.flatten(0, 1), alpha.flatten().tolist(), strict=True)]
+    weights = torch.stack([entmax(z, a) for z, a in pairs]).view_as(read)
+    tau = torch.stack([entmax_threshold(z, a) for z, a in pairs]).view(2, 4)
+    bounds = tau[..., None] + torch.tensor([0.02, -0.5, 0.05])
+    found = dropped_mass_bound(weights, tau, bounds, 16, alpha)
+    for row, head in itertools.product(range(2), range(4)):
+        own = (x[row : row + 1, head : head + 1] for x in (weights, tau, bounds))
+        alone = dropped_mass_bound(*own, 16, float(alpha[row, head]))
+        assert found[row, head] == alone
+        assert 0 < alone < 1
+    assert len({round(x, 3) for x in found[0].tolist()}) == 4
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0], ids="alpha {}".format)
+@pytest.mark.parametrize("above", [1e-9, 1e-7, 1e-5], ids="{} above tau".format)
+def test_what_rounding_hides_is_not_called_exact(alpha, above):
+    read = 3 * torch.randn(200, 1, 50, generator=torch.Generator().manual_seed(2))
+    tau = entmax_threshold(read, alpha)
+    bounds = (tau.double() + above)[..., None]
+    found = dropped_mass_bound(entmax(read, alpha), tau, bounds, 16, alpha)
+    assert (found > 0).all()
 
 
 def test_a_step_that_reads_all_is_certified_and_means_bound_nothing():
