@@ -1,10 +1,10 @@
 """What a sparse step can say of itself without reading the pages that it left out.
 
 Where no unread page can hold a score above tau of what was read, that is tau of all: the output
-is the exact one (uniqueness of the threshold). Otherwise the weight that exact attention would give
-to unread tokens is bounded by giving each token of such a page the largest score that its page can
-hold, and solving for the threshold again: it can only lie lower than with the true scores replaced
-by larger ones, so that what the pages then have is the most that they can have.
+is the exact one (uniqueness of the threshold). Otherwise each token of such a page is given the
+largest score that its page can hold, and the threshold is solved for again. With scores at least as
+large as the true ones it lies at least as high, so that what was read has at most its exact weight,
+and the rest, which the unread tokens then have, is at least what they have in exact attention.
 """
 
 import torch

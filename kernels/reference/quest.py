@@ -12,24 +12,28 @@ from .candidates import Candidates
 from .scores import scale_to_scores
 
 
+def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+    """Queries [B, kv_heads, group, head_size], and ALiBi slopes [kv_heads, group, 1], of z."""
+    heads = candidates.query.shape[1:3]
+    query, slopes = scale_to_scores(
+        candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
+    )
+    return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
+
+
 def quest_bounds(candidates: Candidates) -> Tensor:
     """Upper bound [B, kv_heads, group, P] of the scores z in each page.
 
     ALiBi counts at the page's most favourable position.
     """
     center, half_width = candidates.statistics  # each [B, kv_heads, P, head_size]
-    heads = candidates.query.shape[1:3]
-    query, slopes = scale_to_scores(
-        candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
-    )
-    query = query.unflatten(1, heads)
+    query, slopes = _scaled(candidates)
     bounds = query @ center.mT + query.abs() @ half_width.mT
     if slopes is not None:
         page = torch.arange(center.shape[2], device=query.device)
         first = page * candidates.page_size - (candidates.seq_lens[:, None] - 1)  # [B, P]
         first = first[:, None, None].to(bounds.dtype)
         last = first + candidates.page_size - 1
-        slopes = slopes.view(*heads, 1)
         bounds = bounds + torch.maximum(slopes * first, slopes * last)
     return bounds
 
@@ -41,16 +45,10 @@ def sound_bounds(candidates: Candidates) -> Tensor:
     """
     bounds = quest_bounds(candidates)
     center, half_width = candidates.statistics
-    query, slopes = scale_to_scores(
-        candidates.query.flatten(1, 2), candidates.scale, candidates.alpha, candidates.alibi_slopes
-    )
-    query = query.unflatten(1, candidates.query.shape[1:3])
+    query, slopes = _scaled(candidates)
     magnitude = query.abs() @ (center.abs() + half_width).mT
     if slopes is not None:
-        farthest = (
-            slopes.abs().view(*query.shape[1:3], 1) * candidates.seq_lens[:, None, None, None]
-        )
-        magnitude = magnitude + farthest
+        magnitude = magnitude + slopes.abs() * candidates.seq_lens[:, None, None, None]
     return bounds + 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
 
 
