@@ -190,7 +190,9 @@ def entmax_steps(
         pages
         if selector.statistics
         else pages._replace(
-            statistics=pages.statistics[:, :, :0], layout=PageLayout(PAGE_SIZE, case.head_size, ())
+            statistics=pages.statistics[:, :, :0],
+            scales=pages.scales[:, :, :0],
+            layout=PageLayout(PAGE_SIZE, case.head_size, ()),
         )
     )
 

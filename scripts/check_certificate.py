@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import put_tables
+from tables import put_tables, table_lines
 from timing import about
 from torch import Tensor
 
@@ -119,23 +119,27 @@ def summary(found: dict[str, Tensor], rounding: float) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [
-        f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
-        f"{result['versions']['torch']} on a {result['gpu']}, commit {result['commit'][:12]}, "
-        f"{result['date']}.",
-        "",
-        "| keys | dtype | ALiBi | heads | violations | exact | certified | near 1 | tightness |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["keys", "dtype", "ALiBi", "heads", "violations", "exact", "certified", "near 1"]
+    rows = []
     for row in result["rows"]:
         tightness = row["median_tightness"]
-        lines.append(
-            f"| {row['keys']} | {row['dtype']} | {'yes' if row['alibi'] else 'no'} "
-            f"| {row['heads_checked']:,} | {row['violations']} | {row['exact']:.1%} "
-            f"| {row['certified']:.1%} | {row['above_0.99']:.1%} "
-            f"| {'' if tightness is None else f'{tightness:.2f}'} |"
+        rows.append(
+            (
+                row["keys"],
+                row["dtype"],
+                "yes" if row["alibi"] else "no",
+                f"{row['heads_checked']:,}",
+                row["violations"],
+                *(f"{row[name]:.1%}" for name in ("exact", "certified", "above_0.99")),
+                "" if tightness is None else f"{tightness:.2f}",
+            )
         )
-    return "\n".join(lines)
+    total = (
+        f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
+        f"{result['versions']['torch']} on a {result['gpu']}, commit {result['commit'][:12]}, "
+        f"{result['date']}."
+    )
+    return "\n".join([total, "", *table_lines([*titles, "tightness"], rows)])
 
 
 def main() -> None:

@@ -11,8 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from entmaxkv_kernels import TopK
 from entmaxkv_kernels.reference.append import box_between
+from entmaxkv_kernels.reference.candidates import Candidates
 from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
+from entmaxkv_kernels.reference.quest import quest_pages
 
 PAGE_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 8, 4, 128
 
@@ -58,11 +61,19 @@ def scores_of(key: Tensor, query: Tensor, support: float) -> tuple[Tensor, float
 
 
 def best_pages(query: Tensor, center: Tensor, half_width: Tensor, budget: int) -> Tensor:
-    """[pages] bool: the best by the rule of `topk`, and the last page."""
-    bounds = (query @ center.T + query.abs() @ half_width.T)[:, :-1]
-    rank = (bounds - bounds.amax(1, keepdim=True)).amax(0)
-    chosen = torch.zeros(len(center), dtype=torch.bool)
-    chosen[rank.argsort(descending=True, stable=True)[:budget]] = True
+    """[pages] bool: those that `topk` chooses, and the last page."""
+    pages = len(center)
+    candidates = Candidates(
+        query=query[None, None],
+        statistics=torch.stack((center, half_width))[:, None, None],
+        ranked=torch.arange(pages)[None] < pages - 1,
+        seq_lens=torch.tensor([pages * PAGE_SIZE]),
+        page_size=PAGE_SIZE,
+        scale=1.0,
+        alpha=1.5,
+        alibi_slopes=None,
+    )
+    chosen = quest_pages(candidates, TopK(budget * PAGE_SIZE))[0, 0]
     chosen[-1] = True
     return chosen
 

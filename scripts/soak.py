@@ -155,8 +155,9 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("num_preemptions", "prefix_cache_hits"):
         row[name] = int(metrics[f"vllm:{name}"].value)
     counters = engine_counters(llm)
-    for name in ("steps", "sparse_steps", "pages_read", "pages_held"):
-        row[name if name != "steps" else "layer_steps"] = counters[name]
+    row["layer_steps"] = counters["steps"]
+    for name in ("sparse_steps", "pages_read", "pages_held"):
+        row[name] = counters[name]
     return row
 
 

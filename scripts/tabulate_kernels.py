@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import put_tables
+from tables import put_tables, table_lines
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
@@ -44,140 +44,173 @@ def decode_target(row: dict[str, Any]) -> float | None:
 
 
 def decode_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| kernel | heads | D | batch | context | pages read | support | us | spread "
-        "| FA3 us | FA3 / ours | asked | met | TB/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["kernel", "heads", "D", "batch", "context", "pages read", "support", "us", "spread"]
+    titles += ["FA3 us", "FA3 / ours", "asked", "met", "TB/s"]
+    rows = []
     for row in result["rows"]:
         asked = decode_target(row)
-        met = "" if asked is None else verdict(row["ratio_fa3"] >= asked)
-        lines.append(
-            f"| {row['kernel']} | {row['query_heads']}/{row['kv_heads']} | {row['head_size']} "
-            f"| {row['batch']} | {thousands(row['context'])} | {row['pages_read']:.1%} "
-            f"| {row['support']:.2%} | {row['us']:.1f} | {row['us_spread']:.1f} "
-            f"| {row['fa3_us']:.1f} | {row['ratio_fa3']:.2f} | {asked or ''} | {met} "
-            f"| {row['bytes'] / row['us'] / 1e6:.2f} |"
+        rows.append(
+            (
+                row["kernel"],
+                f"{row['query_heads']}/{row['kv_heads']}",
+                row["head_size"],
+                row["batch"],
+                thousands(row["context"]),
+                f"{row['pages_read']:.1%}",
+                f"{row['support']:.2%}",
+                f"{row['us']:.1f}",
+                f"{row['us_spread']:.1f}",
+                f"{row['fa3_us']:.1f}",
+                f"{row['ratio_fa3']:.2f}",
+                asked or "",
+                "" if asked is None else verdict(row["ratio_fa3"] >= asked),
+                f"{row['bytes'] / row['us'] / 1e6:.2f}",
+            )
         )
-    return lines
+    return table_lines(titles, rows)
 
 
 def kernel_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| kernel | context | bytes | limit us | us | microseconds of each launch |"]
-    lines.append("|---|---|---|---|---|---|")
+    titles = ["kernel", "context", "bytes", "limit us", "us", "microseconds of each launch"]
+    rows = []
     for row in result["rows"]:
         launches = ", ".join(
             f"{name.removesuffix('_kernel')} {us:.1f}" for name, us in row["kernels_us"].items()
         )
         limit = row["bytes"] / PEAK[result["gpu"]] * 1e6
-        lines.append(
-            f"| {row['kernel']} | {thousands(row['context'])} | {row['bytes'] / 1e6:.1f} MB "
-            f"| {limit:.1f} | {row['us']:.1f} | {launches} |"
-        )
-    return lines
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        place = row["kernel"], thousands(row["context"])
+        rows.append((*place, size, f"{limit:.1f}", f"{row['us']:.1f}", launches))
+    return table_lines(titles, rows)
 
 
 def prefill_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| context | block sparsity | ms | FA3 ms | ours / FA3 | at most 2.2 "
-        "| AdaSplash-2 ms | AdaSplash-2 / ours | error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["context", "block sparsity", "ms", "FA3 ms", "ours / FA3", "at most 2.2"]
+    titles += ["AdaSplash-2 ms", "AdaSplash-2 / ours", "error"]
+    rows = []
     for row in result["rows"]:
         other = ["", ""]
         if "adasplash_us" in row:
             other = [f"{row['adasplash_us'] / 1e3:.2f}", f"{row['ratio_adasplash']:.2f}"]
-        lines.append(
-            f"| {thousands(row['context'])} | {row['block_sparsity']:.0%} "
-            f"| {row['us'] / 1e3:.2f} | {row['fa3_us'] / 1e3:.2f} | {row['time_over_fa3']:.2f} "
-            f"| {verdict(row['time_over_fa3'] <= PREFILL_AT_MOST)} "
-            f"| {other[0]} | {other[1]} | {row['error']:.1e} |"
+        rows.append(
+            (
+                thousands(row["context"]),
+                f"{row['block_sparsity']:.0%}",
+                f"{row['us'] / 1e3:.2f}",
+                f"{row['fa3_us'] / 1e3:.2f}",
+                f"{row['time_over_fa3']:.2f}",
+                verdict(row["time_over_fa3"] <= PREFILL_AT_MOST),
+                *other,
+                f"{row['error']:.1e}",
+            )
         )
-    return lines
+    return table_lines(titles, rows)
 
 
 def reference_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| path | context | us | reference us | reference / ours | at least 5 |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['path']} | {thousands(row['context'])} | {row['us']:.1f} "
-            f"| {row['reference_us']:.0f} | {row['ratio_reference']:.1f} "
-            f"| {verdict(row['ratio_reference'] >= REFERENCE_AT_LEAST)} |"
-        )
-    return lines
+    return table_lines(
+        ["path", "context", "us", "reference us", "reference / ours", "at least 5"],
+        (
+            (
+                row["path"],
+                thousands(row["context"]),
+                f"{row['us']:.1f}",
+                f"{row['reference_us']:.0f}",
+                f"{row['ratio_reference']:.1f}",
+                verdict(row["ratio_reference"] >= REFERENCE_AT_LEAST),
+            )
+            for row in result["rows"]
+        ),
+    )
 
 
 def fuzz_table(result: dict[str, Any]) -> list[str]:
-    lines = [f"{result['cases']:,} cases, {result['failures']} failures.", ""]
-    lines.append("| family | cases | with fallback | worst error, of 1 allowed | other pages |")
-    lines.append("|---|---|---|---|---|")
-    for name, row in result["families"].items():
-        lines.append(
-            f"| {name} | {row['cases']} | {row['cases_with_fallback']} "
-            f"| {row['worst_error']:.2f} | {row['rows_with_other_pages']:.2%} |"
+    titles = ["family", "cases", "with fallback", "worst error, of 1 allowed", "other pages"]
+    rows = (
+        (
+            name,
+            row["cases"],
+            row["cases_with_fallback"],
+            f"{row['worst_error']:.2f}",
+            f"{row['rows_with_other_pages']:.2%}",
         )
-    return lines
+        for name, row in result["families"].items()
+    )
+    total = f"{result['cases']:,} cases, {result['failures']} failures."
+    return [total, "", *table_lines(titles, rows)]
 
 
 def serving_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| run | model | requests | context | selector | pages read | ms | FLASH_ATTN ms | ratio |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for row in result["rows"]:
-        if row["selector"] != "FLASH_ATTN":
-            lines.append(
-                f"| {row['run']} | {row['model']} | {row['requests']} "
-                f"| {thousands(row['context'])} | {row['selector']} "
-                f"| {row['pages_read_share']:.1%} | {row['tpot_ms']:.2f} "
-                f"| {row['tpot_ms_flash_attn']:.2f} | {row['ratio_flash_attn']:.2f} |"
-            )
-    return lines
+    titles = ["run", "model", "requests", "context", "selector", "pages read", "ms"]
+    titles += ["FLASH_ATTN ms", "ratio"]
+    rows = (
+        (
+            row["run"],
+            row["model"],
+            row["requests"],
+            thousands(row["context"]),
+            row["selector"],
+            f"{row['pages_read_share']:.1%}",
+            f"{row['tpot_ms']:.2f}",
+            f"{row['tpot_ms_flash_attn']:.2f}",
+            f"{row['ratio_flash_attn']:.2f}",
+        )
+        for row in result["rows"]
+        if row["selector"] != "FLASH_ATTN"
+    )
+    return table_lines(titles, rows)
 
 
 def server_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| model | selector | requests | pages read | requests/s | output tokens/s "
-        "| first token ms, p50 | p99 | output token ms, p50 | p99 |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    titles = ["model", "selector", "requests", "pages read", "requests/s", "output tokens/s"]
+    titles += ["first token ms, p50", "p99", "output token ms, p50", "p99"]
+    rows = []
     for row in result["rows"]:
         first, each = row["first_token_ms"], row["per_output_token_ms"]
-        read = f"{row['pages_read'] / row['pages_held']:.1%}" if row["pages_held"] else ""
-        lines.append(
-            f"| {row['model']} | {row['selector']} | {row['requests']} | {read} "
-            f"| {row['requests_per_second']:.2f} | {row['output_tokens_per_second']:.0f} "
-            f"| {first['p50']:.0f} | {first['p99']:.0f} | {each['p50']:.1f} | {each['p99']:.1f} |"
+        rows.append(
+            (
+                row["model"],
+                row["selector"],
+                row["requests"],
+                f"{row['pages_read'] / row['pages_held']:.1%}" if row["pages_held"] else "",
+                f"{row['requests_per_second']:.2f}",
+                f"{row['output_tokens_per_second']:.0f}",
+                *(f"{first[p]:.0f}" for p in ("p50", "p99")),
+                *(f"{each[p]:.1f}" for p in ("p50", "p99")),
+            )
         )
-    return lines
+    return table_lines(titles, rows)
 
 
 def soak_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| selector | requests | aborted | preempted | tokens | blocks compared | wrong "
-        "| blocks missing | bytes missing |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['selector']} | {row['requests']} | {row['aborted']} "
-            f"| {row['num_preemptions']} | {row['tokens']} | {row['blocks_compared']} "
-            f"| {row['blocks_wrong']} | {row['blocks_not_free']} | {row['memory_growth']} |"
-        )
-    return lines
+    columns = {
+        "selector": "selector",
+        "requests": "requests",
+        "aborted": "aborted",
+        "preempted": "num_preemptions",
+        "tokens": "tokens",
+        "blocks compared": "blocks_compared",
+        "wrong": "blocks_wrong",
+        "blocks missing": "blocks_not_free",
+        "bytes missing": "memory_growth",
+    }
+    rows = ([row[name] for name in columns.values()] for row in result["rows"])
+    return table_lines(list(columns), rows)
 
 
 def sanitizer_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| tool | ended | cases | kernels | errors |", "|---|---|---|---|---|"]
-    for row in result["rows"]:
-        cases, kernels = len(row["cases"]), len(row["kernels"])
-        lines.append(f"| {row['tool']} | {row['ended']} | {cases} | {kernels} | {row['errors']} |")
-    return lines
+    return table_lines(
+        ["tool", "ended", "cases", "kernels", "errors"],
+        (
+            (row["tool"], row["ended"], len(row["cases"]), len(row["kernels"]), row["errors"])
+            for row in result["rows"]
+        ),
+    )
 
 
 SECTIONS = (
     ("decode-h200.json", "Decode, random keys", decode_table),
+    ("decode-h200-boxes.json", "Decode, random keys, boxes in pages of 8512 bytes", decode_table),
     (
         "decode-h200-other-shapes.json",
         "Decode, random keys, other shapes, before the latest kernels",

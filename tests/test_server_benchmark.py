@@ -26,18 +26,33 @@ def test_percentiles_are_in_milliseconds():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"selector": "topk", "sparse_steps": 5, "failures": []}, []),
-        ({"selector": "exact", "sparse_steps": 0, "failures": []}, []),
+        ({"selector": "topk", "steps": 5, "sparse_steps": 5, "failures": []}, []),
+        ({"selector": "exact", "steps": 5, "sparse_steps": 0, "failures": []}, []),
         (
-            {"selector": "gaussian", "sparse_steps": 0, "failures": []},
+            {"selector": "gaussian", "steps": 5, "sparse_steps": 0, "failures": []},
             ["gaussian: the sparse path never ran"],
         ),
         (
-            {"selector": "FLASH_ATTN", "sparse_steps": 0, "failures": ["status 500"]},
+            {"selector": "FLASH_ATTN", "steps": 0, "sparse_steps": 0, "failures": ["status 500"]},
             ["FLASH_ATTN: status 500"],
         ),
+        (
+            {"selector": "FLASH_ATTN", "steps": 5, "sparse_steps": 0, "failures": []},
+            ["FLASH_ATTN: ENTMAXKV decoded 5 steps"],
+        ),
+        (
+            {"selector": "exact", "steps": 0, "sparse_steps": 0, "failures": []},
+            ["exact: ENTMAXKV decoded 0 steps"],
+        ),
     ],
-    ids=["sparse", "exact", "a sparse selector that never ran", "a request that failed"],
+    ids=[
+        "sparse",
+        "exact",
+        "a sparse selector that never ran",
+        "a request that failed",
+        "the other backend was ours",
+        "ours was another backend",
+    ],
 )
 def test_failed_requests_and_a_sparse_path_that_never_ran_are_complaints(row, expected):
     assert benchmark_server.complaints(row) == expected
