@@ -13,19 +13,22 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("level", [1, 2], ids=["weights-to-the-host", "weights-dropped"])
-def test_captured_steps_answer_as_before_after_sleep_and_wake(level):
+def test_captured_steps_answer_as_before_after_each_level_of_sleep():
+    # One engine for both levels: vLLM lets only one of a process sleep.
     with started("gaussian", compilation_config=GRAPHS, enable_sleep_mode=True) as llm:
-        before = [list(output.token_ids) for output in generate(llm, ALONE)]
+
+        def answers():
+            llm.reset_prefix_cache()
+            return [list(output.token_ids) for output in generate(llm, ALONE)]
+
+        before = answers()
         counted = engine_counters(llm)["sparse_steps"]
-        llm.sleep(level=level)
-        if level == 1:
-            llm.wake_up()
-        else:
-            llm.wake_up(tags=["weights"])
-            llm.collective_rpc("reload_weights")
-            llm.wake_up(tags=["kv_cache"])
-        llm.reset_prefix_cache()
-        after = [list(output.token_ids) for output in generate(llm, ALONE)]
-        assert engine_counters(llm)["sparse_steps"] == 2 * counted > 0
-    assert after == before
+        llm.sleep(level=1)  # weights go to the host
+        llm.wake_up()
+        assert answers() == before
+        llm.sleep(level=2)  # weights are dropped
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+        assert answers() == before
+        assert engine_counters(llm)["sparse_steps"] == 3 * counted > 0
