@@ -103,6 +103,17 @@ def fill(pages: PagedCache, data: str) -> None:
         append(pages, key.to(dtype), value.to(dtype), slots, implementation="triton")
 
 
+def without_statistics(pages: PagedCache) -> PagedCache:
+    """The same keys and values in pages as `exact` has them."""
+    count, kv_heads = pages.key.shape[:2]
+    layout = PageLayout(PAGE_SIZE, pages.layout.head_size)
+    raw = allocate_pages(count, kv_heads, layout, pages.key.dtype, "cuda")
+    plain = split_pages(raw, layout)
+    plain.key.copy_(pages.key)
+    plain.value.copy_(pages.value)
+    return plain
+
+
 def calibrated_queries(case: Case, pages: PagedCache, tables: torch.Tensor) -> torch.Tensor:
     """Random queries [sets, batch, query_heads, head_size], scaled for the wanted support.
 
@@ -186,22 +197,12 @@ def entmax_steps(
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     counters = torch.zeros(len(Counter), dtype=torch.int64, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
-    bare = (
-        pages
-        if selector.statistics
-        else pages._replace(
-            statistics=pages.statistics[:, :, :0],
-            scales=pages.scales[:, :, :0],
-            layout=PageLayout(PAGE_SIZE, case.head_size, ()),
-        )
-    )
-
     outs = [torch.empty_like(query) for query in queries]
 
     def step(index: int) -> Step:
         return lambda: decode(
             queries[index],
-            bare,
+            pages,
             tables[index],
             lengths,
             scale=case.head_size**-0.5,
@@ -247,9 +248,16 @@ def read_bytes(case: Case, row: dict[str, Any], selector: Selector, pages: Paged
 
 
 def measure(
-    case: Case, pages: PagedCache, selectors: dict[str, Selector], profiled: bool
+    case: Case,
+    pages: PagedCache,
+    plain: PagedCache,
+    selectors: dict[str, Selector],
+    profiled: bool,
 ) -> list[dict[str, Any]]:
-    """One row for each selector, whose names are those of the rows' kernels."""
+    """One row for each selector, whose names are those of the rows' kernels.
+
+    plain: the pages of selectors without statistics.
+    """
     shape = case.sets, case.batch, case.pages
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
     tables = order[: math.prod(shape)].view(shape)
@@ -258,7 +266,8 @@ def measure(
     flash = flash_attention(case, pages, tables, queries)
     rows = []
     for name, selector in selectors.items():
-        steps, outs, counters = entmax_steps(case, pages, tables, queries, selector)
+        own = pages if selector.statistics else plain
+        steps, outs, counters = entmax_steps(case, own, tables, queries, selector)
         rounds = -(-GRAPH_STEPS // case.sets)
         arms = {"entmax": steps} | flash
         graphs = {arm: graph_of(arm_steps * rounds) for arm, arm_steps in arms.items()}
@@ -334,6 +343,7 @@ def main() -> None:
         raw = allocate_pages(POOL_TOKENS // PAGE_SIZE, kv_heads, layout, torch.bfloat16, "cuda")
         pages = split_pages(raw, layout)
         fill(pages, arguments.data)
+        plain = without_statistics(pages)
         for query_heads, _, _, batch, contexts in shapes:
             for context in contexts:
                 if arguments.contexts and context not in arguments.contexts:
@@ -342,9 +352,9 @@ def main() -> None:
                 shape = query_heads, kv_heads, head_size, batch, context
                 case = Case(*shape, arguments.support, room)
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
-                rows += measure(case, pages, selectors, arguments.profile)
+                rows += measure(case, pages, plain, selectors, arguments.profile)
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        del raw, pages
+        del raw, pages, plain
         torch.cuda.empty_cache()
 
 
