@@ -88,6 +88,7 @@ def guess_kernel(
 ):  # fmt: skip
     """Guesses a threshold for one query head, -inf where every score is to be stored."""
     await_previous(CHAINED)
+    allow_next(CHAINED)
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_hq // G
     n = tl.load(p_seq_lens + i_b).to(tl.int32)

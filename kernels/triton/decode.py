@@ -224,13 +224,13 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     """Entmax attention over the pages of the block table, or over those that were listed."""
     rows = (shape.splits, shape.kv_heads, shape.batch)
     guessed, splits, capacity = (arguments[name] for name in ("GUESSED", "SP", "capacity"))
-    # A list of pages is short work for few programs, beside which these can be placed early.
-    first = _chain if shape.listed else _launch
     if guessed:
         tiles = (shape.sample // shape.tile, *rows[1:])
-        first(sample_kernel, tiles, arguments, num_warps=_warps(shape))
+        _chain(sample_kernel, tiles, arguments, num_warps=_warps(shape))
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
-        first = _launch
+    # Lists of pages and guesses are short work for few programs, beside which these can be placed
+    # early.
+    first = _chain if shape.listed or guessed else _launch
     first(collect_kernel, rows, arguments, STAGES=2)
     parts = (shape.value_parts, shape.query_heads, shape.batch)
     warps = _attend_warps(shape)
@@ -304,8 +304,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opt
 def _chain(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
     """Launch a small kernel while the one before it ends; it awaits that one by itself.
 
-    Not for a kernel that streams keys: placed beside what still runs, its programs would be spread
-    unevenly.
+    Not for a kernel that streams keys after one of many programs: placed beside what still runs,
+    its own would be spread unevenly.
     """
     chained = {"launch_pdl": True} if arguments["CHAINED"] else {}
     _launch(kernel, grid, arguments, **options, **chained)

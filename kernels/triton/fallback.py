@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .counters import SUPPORT
-from .entmax import FP16_WEIGHT, norm, weigh, weigh_scores
+from .entmax import FP16_WEIGHT, newton_step, norm, weigh, weigh_scores, weights_and_slopes
 from .filter import DONE
 from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
 from .values import weighted_columns
@@ -72,6 +72,21 @@ def narrow_bracket(b_mass, b_low, b_high, b_exponent, ORDER: tl.constexpr):
     return tl.minimum(b_trial + b_rise, b_high), b_high
 
 
+@triton.jit
+def score_tile(
+    p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q, n,
+    window, b_scale, b_slope, b_peak,
+    D: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Pages [BN] of the tokens of a row's tile i_t, and their scores less the largest, [BN, GP]."""
+    o_entry = i_t * (o_n.shape[0] // P) + o_n // P
+    b_page, b_logical = load_pages(p_pages, o_entry, first, entries, list_stride, LISTED)
+    b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
+    b_z = score_rows(b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI)
+    return b_page, b_z - b_peak[None, :]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def fallback_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
@@ -91,7 +106,6 @@ def fallback_kernel(
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     o_j, o_s = tl.arange(0, TRIALS), tl.arange(0, SP * CLASSES)
     m_g = o_g < G
-    PAGES: tl.constexpr = BN // P
     meetings = 0
     for i in range(0, rows):
         # The interpreter's loop variables are no tensors.
@@ -104,7 +118,7 @@ def fallback_kernel(
                 p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table,
                 list_stride, P, WINDOW, LISTED,
             )  # fmt: skip
-            tiles = (entries + PAGES - 1) // PAGES
+            tiles = tl.cdiv(entries, BN // P)
             b_scale, b_slope, b_exponent = load_scales(
                 p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
             )
@@ -130,15 +144,10 @@ def fallback_kernel(
                 b_trial = b_low[:, None] + b_step[:, None] * o_j[None, :]  # [GP, TRIALS]
                 b_mass = tl.zeros([BN, GP, TRIALS], tl.float32)
                 for i_t in tl.range(i_p, tiles, programs, num_stages=1):
-                    o_entry = i_t * PAGES + o_n // P
-                    b_page, b_logical = load_pages(
-                        p_pages, o_entry, first, entries, list_stride, LISTED
-                    )
-                    b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
-                    b_z = score_rows(
-                        b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
-                    )  # [BN, GP]
-                    b_z -= b_peak[None, :]
+                    _, b_z = score_tile(
+                        p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q, n,
+                        window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
+                    )  # fmt: skip
                     b_x = tl.maximum(b_z[:, :, None] - b_trial[None, :, :], 0.0)
                     b_mass += weigh(b_x, b_exponent[None, :, None], ORDER)
                 # Two buffers: a program may be one meeting ahead of those that still read.
@@ -156,22 +165,42 @@ def fallback_kernel(
                 wide = tl.max((m_open & m_wide).to(tl.int32), 0)
                 passes += 1
 
+            # What is left to the threshold is a number of its own: their sum would be rounded to
+            # the precision of the distance from the largest score, not of the weights.
+            b_mass = tl.zeros([BN, GP], tl.float32)
+            b_moment = tl.zeros([BN, GP], tl.float32)
+            for i_t in tl.range(i_p, tiles, programs, num_stages=1):
+                _, b_z = score_tile(
+                    p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q, n,
+                    window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
+                )  # fmt: skip
+                b_x = tl.maximum(b_z - b_low[None, :], 0.0)
+                b_w, b_d = weights_and_slopes(b_x, b_exponent[None, :], ORDER)
+                b_mass += b_w
+                b_moment += b_d
+            p_t = p_trial_mass + passes % 2 * programs * (GP * TRIALS) + o_g * TRIALS
+            tl.store(p_t + i_p * (GP * TRIALS), tl.sum(b_mass, 0))
+            tl.store(p_t + i_p * (GP * TRIALS) + 1, tl.sum(b_moment, 0))
+            meetings = meet(p_barrier, meetings, programs)
+            b_all_mass = tl.zeros([GP], tl.float32)
+            b_all_moment = tl.zeros([GP], tl.float32)
+            for i in range(programs):
+                b_all_mass += tl.load(p_t + i * (GP * TRIALS))
+                b_all_moment += tl.load(p_t + i * (GP * TRIALS) + 1)
+            b_rest = newton_step(b_all_mass, b_all_moment, 1.0, b_exponent, ORDER)
+
             # Heads that are done take no part: nothing lies above their threshold.
             b_low = tl.where(b_state > DONE, b_low, float("inf"))
             b_support = tl.zeros([GP], tl.int32)
             b_total = tl.zeros([GP], tl.float32)
             b_acc = tl.zeros([DP, GP], tl.float32)
             for i_t in tl.range(i_p, tiles, programs, num_stages=1):
-                o_entry = i_t * PAGES + o_n // P
-                b_page, b_logical = load_pages(
-                    p_pages, o_entry, first, entries, list_stride, LISTED
-                )
-                b_k = load_rows(p_k, b_page, o_n, o_d, s_page, D, P)  # [BN, DP]
-                b_z = score_rows(
-                    b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
-                )  # [BN, GP]
-                b_z -= b_peak[None, :]
-                b_w = weigh_scores(b_z, b_low[None, :], b_exponent[None, :], ORDER)
+                b_page, b_z = score_tile(
+                    p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q, n,
+                    window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
+                )  # fmt: skip
+                b_x = b_z - b_low[None, :]
+                b_w = weigh_scores(b_x, b_rest[None, :], b_exponent[None, :], ORDER)
                 if b_q.dtype == tl.float16:
                     b_w *= FP16_WEIGHT
                 m_support = (b_w != 0.0).to(tl.int32)

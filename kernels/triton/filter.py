@@ -114,7 +114,9 @@ def filter_kernel(
     o_list = o_s * capacity + o_j
     p_score += (i_head * S).to(tl.int64) * capacity
     p_slot += (i_row * S).to(tl.int64) * capacity
+    # Of a list that is full, the count says how many it should have had room for.
     b_count = tl.load(p_count + i_row * S + o_s, mask=o_s < S, other=0)
+    b_count = tl.minimum(b_count, capacity)
     b_next = tl.load(p_score + o_list, mask=o_j < b_count, other=-float("inf"))
 
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import dockerfiles
 import pytest
+import torch
 import yaml
 
 from entmaxkv_vllm import DEMO_MODEL
 from entmaxkv_vllm.retrieval import needle_prompt
 from entmaxkv_vllm.server import HOST, Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="two engines for CPUs; see tests/gpu"),
+]
 
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = 4
