@@ -18,6 +18,8 @@ PAGE_SIZES = (16, 32, 64, 128)
 ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
 SECTION = "entmaxkv"
 SMALLEST_ENTMAX_ALPHA = 1.01
+DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
+"""Methods of speculative decoding that draft without attention."""
 
 OTHER_BACKEND = "serve this model with another attention backend"
 _SOFTMAX_REMEDY = (
@@ -314,10 +316,18 @@ def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
             "leave --block-size out or give a multiple of it",
         )
     _check_implementation(config)
-    if vllm_config.speculative_config is not None and config.selector != "exact":
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in DRAFTERS:
         raise ConfigurationError(
             "speculative_config",
-            vllm_config.speculative_config.method,
+            speculative.method,
+            "drafts with attention layers of its own, whose alpha is not known",
+            "use the method ngram with selector exact, or serve without speculative decoding",
+        )
+    if speculative is not None and config.selector != "exact":
+        raise ConfigurationError(
+            "speculative_config",
+            speculative.method,
             f"verifies several tokens at once, which selector {config.selector} does not do",
             "use selector exact, or serve without speculative decoding",
         )

@@ -7,6 +7,8 @@ is refused, and calls it supported only where a test is named.
 from dataclasses import dataclass, field
 from typing import Any
 
+from entmaxkv_vllm import DEMO_MODEL
+
 ENGINE = "tests/engine/"
 EXACT = f"{ENGINE}test_exact.py::"
 OPTIONS = f"{ENGINE}test_options.py::"
@@ -167,6 +169,17 @@ SCHEDULING = (
     Line(
         "speculative decoding, a sparse selector",
         engine={"speculative_config": NGRAM, **options(selector="gaussian")},
+    ),
+    Line(
+        "speculative decoding with a draft model (EAGLE, MTP and others)",
+        model={"vocab_size": 259},
+        engine={
+            "speculative_config": {
+                "method": "draft_model",
+                "model": str(DEMO_MODEL),
+                "num_speculative_tokens": 3,
+            }
+        },
     ),
     Line("adaptive verification", layer={"use_adaptive_verification": True}),
     Line("batch invariance", layer={"use_batch_invariant": True}),

@@ -7,6 +7,8 @@ import torch
 from tabulate_support import ORDINARY_LAYER
 from vllm.platforms.interface import DeviceCapability
 
+from entmaxkv_vllm import DEMO_MODEL
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -120,6 +122,18 @@ def test_a_block_of_several_pages_is_accepted(start):
             },
             "speculative_config='ngram' verifies several tokens at once",
             id="speculative-decoding-with-a-sparse-selector",
+        ),
+        pytest.param(
+            LLAMA | {"vocab_size": 259},
+            {
+                "speculative_config": {
+                    "method": "draft_model",
+                    "model": str(DEMO_MODEL),
+                    "num_speculative_tokens": 3,
+                },
+            },
+            "speculative_config='draft_model' drafts with attention layers of its own",
+            id="a-model-that-drafts",
         ),
         pytest.param(GEMMA2, {}, "attn_logit_softcapping=50.0 is not supported", id="soft-cap"),
     ],
