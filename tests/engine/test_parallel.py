@@ -3,13 +3,17 @@
 import random
 
 import pytest
+import torch
 
 from entmaxkv_vllm.retrieval import needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters
 
 from .engines import engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs"),
+]
 
 OPTIONS = {"entmaxkv": {"selector": "gaussian", "exact_below": 0}}
 

@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them compiled; see tests/gpu"),
+]
 
 COMPARE = """
 import json, sys
