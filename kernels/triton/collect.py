@@ -138,6 +138,9 @@ def collect_kernel(
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     """
+    if not LISTED and not GUESSED:
+        # The first launch of a step: what it is given may not be there yet.
+        await_previous(CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)

@@ -193,7 +193,7 @@ def _list_pages(
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
     tiles = (shape.list_tiles, *rows[1:])
     if isinstance(selector, TopK):
-        _launch(box_kernel, rows, arguments)
+        _chain(box_kernel, rows, arguments)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
@@ -228,10 +228,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         tiles = (shape.sample // shape.tile, *rows[1:])
         _chain(sample_kernel, tiles, arguments, num_warps=_warps(shape))
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
-    # Lists of pages and guesses are short work for few programs, beside which these can be placed
-    # early.
-    first = _chain if shape.listed or guessed else _launch
-    first(collect_kernel, rows, arguments, STAGES=2)
+    _chain(collect_kernel, rows, arguments, STAGES=2)
     parts = (shape.value_parts, shape.query_heads, shape.batch)
     warps = _attend_warps(shape)
     values = {
@@ -302,10 +299,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opt
 
 
 def _chain(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
-    """Launch a small kernel while the one before it ends; it awaits that one by itself.
+    """Launch a kernel while the one before it ends; it awaits that one by itself.
 
-    Not for a kernel that streams keys after one of many programs: placed beside what still runs,
-    its own would be spread unevenly.
+    One that streams keys goes after kernels of few programs, or of none that lets it start early:
+    placed beside many that still run, its own would be spread unevenly.
     """
     chained = {"launch_pdl": True} if arguments["CHAINED"] else {}
     _launch(kernel, grid, arguments, **options, **chained)

@@ -21,7 +21,8 @@ def await_previous(CHAINED: tl.constexpr):
     """Waits for the launch before, while which a chained one may have been started.
 
     Every program of a chained launch does so first, or a launch after it could be ahead of one
-    before it.
+    before it. The first one of a step does so before it reads anything; the others may read what
+    the step is given.
     """
     if CHAINED:
         tl.extra.cuda.gdc_wait()

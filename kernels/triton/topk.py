@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .nearest import SAMPLED
 from .pages import load_statistics, ranked_pages
-from .scores import allow_next, load_queries, load_scales
+from .scores import allow_next, await_previous, load_queries, load_scales
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def box_kernel(
 
     With k within half_width of center, q.k <= q.center + |q|.half_width.
     """
+    await_previous(CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     if LONG and i_s == 0:
