@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..pages import FP8, STATISTICS, PagedCache
 from ..reference.append import LARGEST, STD_FLOOR, WIDENED
+from .scores import allow_next, await_previous
+from .workspace import can_chain
 
 FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
 STD_MIN = tl.constexpr(STD_FLOOR)
@@ -114,12 +116,14 @@ def append_kernel(
     s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
     s_statistics_page, s_statistics_head, key_scale, value_scale, tokens,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
 
     It is the last one when the page is full or the next token is not the next slot.
     """
+    await_previous(CHAINED)
+    allow_next(CHAINED)
     i_h = tl.program_id(1).to(tl.int64)
     for i in range(TOKENS):
         i_t = tl.program_id(0).to(tl.int64) * TOKENS + i
@@ -154,6 +158,7 @@ def append(
     # A decode step has a page per token; a long prompt has one in page_size.
     block = 1 if tokens <= LONG_PROMPT else cache.layout.page_size
     padded = triton.next_power_of_2(head_size)
+    chained = can_chain(key.device)
     append_kernel[(triton.cdiv(tokens, block), kv_heads)](
         key,
         value,
@@ -174,5 +179,7 @@ def append(
         P=cache.layout.page_size,
         STATISTICS=STATISTICS.index(cache.layout.statistics),
         TOKENS=block,
+        CHAINED=chained,
+        **({"launch_pdl": True} if chained else {}),
         num_warps=max(4, cache.layout.page_size * padded // 1024),
     )
