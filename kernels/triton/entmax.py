@@ -68,7 +68,9 @@ def weigh(b_x, b_exponent, ORDER: tl.constexpr):
 def weigh_scores(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
     """Weights of scores; that of a NaN is NaN."""
     b_x = tl.maximum(b_z - b_tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(b_x == b_x, weigh(b_x, b_exponent, ORDER), b_x)
+    b_weight = weigh(b_x, b_exponent, ORDER)
+    # Products of a NaN are NaN themselves.
+    return b_weight if ORDER > 0 else tl.where(b_x == b_x, b_weight, b_x)
 
 
 @triton.jit
@@ -92,6 +94,18 @@ def newton_step(mass, slope, root, exponent, ORDER: tl.constexpr):
     # Quotients of what grows together: products of the sums could leave the range of fp32.
     step = (1.0 - root / length) * (mass / tl.maximum(slope, 1e-30))
     return tl.where(length > root, step, 0.0)
+
+
+@triton.jit
+def longest_step(mass, slope, count):
+    """Step for b = 2 from a lower bound to an upper bound: to where the parabola
+    mass - 2 * step * slope + step ** 2 * count is one, which the mass is not above.
+
+    count = how many x are not below zero at the bound. The parabola is the mass as long as no x
+    becomes negative.
+    """
+    root = tl.sqrt(tl.maximum(slope * slope - count * (mass - 1.0), 0.0))
+    return (mass - 1.0) / tl.maximum(slope + root, 1e-30)
 
 
 @triton.jit

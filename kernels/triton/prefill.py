@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..pages import PagedCache
@@ -23,7 +22,15 @@ LEFT_MASS = {torch.float32: 1e-8, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 values differ, at most."""
 
 SAMPLED = 16
-"""Of so many keys one is in the sample that gives the first bound, the first of all among them."""
+"""Of so many keys about one is in the sample that gives the first bound or guess."""
+
+GUESSED_MASS = 1.5
+"""Mass above the guess that the sample is made to show: more makes tiles read more units, and less
+makes more of them read all keys twice."""
+
+GUESSED_FROM = 1 << 15
+"""Keys from which on a guess pays. Fewer have a sample that is too small, and a guess that fails
+costs a pass over all keys."""
 
 _ALIGNMENT = 256
 _LISTED = 1024
@@ -138,8 +145,8 @@ def prefill_workspace_size(
     dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take more.
     max_tokens: columns of the block table times page_size.
     """
-    tiles = tiles_for(dtype, triton.next_power_of_2(head_size))
-    rows = max(tiles.rows, triton.next_power_of_2(query_heads // kv_heads))
+    tiles = tiles_for(dtype, _power_of_two(head_size))
+    rows = max(tiles.rows, _power_of_two(query_heads // kv_heads))
     division = _Division(tiles, rows, kv_heads, max_tokens, dtype == torch.float32)
     return division.good_size(torch.device(device))
 
@@ -172,15 +179,15 @@ def prefill(
     kv_heads, page_size = cache.key.shape[1:3]
     if tokens == 0 or batch == 0:
         return out
-    padded_head_size = max(16, triton.next_power_of_2(head_size))
+    padded_head_size = max(16, _power_of_two(head_size))
     tiles = tiles_for(query.dtype, padded_head_size)
     group = query_heads // kv_heads
-    rows = max(tiles.rows, triton.next_power_of_2(group))
+    rows = max(tiles.rows, _power_of_two(group))
     queries = rows // group
     # Upper bound of the tiles of any division of the tokens into sequences.
     tile_count = tokens // queries + batch
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
-    arguments = {
+    arguments: dict[str, Any] = {
         "p_query": query,
         "p_key": cache.key,
         "p_value": cache.value,
@@ -235,8 +242,8 @@ def prefill(
         entries, pairs = division.entries, slab * kv_heads
         sizes = [_ALIGNMENT, programs * 8 * entries, programs * 4 * entries]
         sizes += [pairs * rows * 4, pairs * rows * 4 * base, pairs * entries // 8]
-        parts = workspace[: sum(sizes)].split(sizes)
-        tickets, offsets, units, tau, bases, words = (part.view(torch.int32) for part in parts)
+        words = workspace[: sum(sizes)].view(torch.int32)
+        tickets, offsets, units, tau, bases, words = words.split([size // 4 for size in sizes])
         arguments |= {
             "p_tickets": tickets,
             "p_offsets": offsets.view(torch.int64),
@@ -256,6 +263,8 @@ def prefill(
             "BN": tiles.keys,
             "STAGES": tiles.stages,
             "SAMPLED": SAMPLED,
+            "GUESSED": GUESSED_MASS,
+            "GUESSED_FROM": GUESSED_FROM,
             "num_warps": tiles.warps,
             # Powers of any exponent need more.
             "maxnreg": tiles.registers if order else None,
@@ -273,8 +282,13 @@ def prefill(
     return out
 
 
+def _power_of_two(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
     """Launch a kernel with those of the arguments that it has."""
-    names = {*kernel.arg_names, "num_warps", "maxnreg"}
-    given = {**arguments, **options}
-    kernel[grid](**{name: value for name, value in given.items() if name in names})
+    given = arguments | options
+    names = [*kernel.arg_names, "num_warps", "maxnreg"]
+    kernel[grid](**{name: given[name] for name in names if name in given})

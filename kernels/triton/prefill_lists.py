@@ -10,7 +10,15 @@ then those at the edge of the window and at the diagonal.
 import triton
 import triton.language as tl
 
-from .prefill_tiles import UNIT, load_rows, row_offsets, score
+from .prefill_tiles import (
+    UNIT,
+    load_rows,
+    places,
+    row_offsets,
+    score,
+    spread_offsets,
+    spread_units,
+)
 
 
 @triton.jit
@@ -65,10 +73,11 @@ def append_masked(lists, kept, first, whole, after, stop, BC: tl.constexpr):
 def masked_keys(rows, p_units, i_t, listed, BN: tl.constexpr):
     """Positions [BN] of a listed key tile, and which of them are of the sequence."""
     position, count, lowest = rows[5], rows[6], rows[7]
-    o_n = tl.arange(0, BN)
-    o_e = i_t * (BN // UNIT) + o_n // UNIT
-    o_key = tl.load(p_units + o_e, mask=o_e < listed, other=0) * UNIT + o_n % UNIT
-    m_key = (o_e < listed) & (o_key >= lowest) & (o_key < position + count)
+    o_e = i_t * (BN // UNIT) + tl.arange(0, BN // UNIT)
+    # Negative ones for none.
+    b_first = tl.load(p_units + o_e, mask=o_e < listed, other=-1) * UNIT
+    o_key = spread_units(b_first, BN) + places(BN)
+    m_key = (o_key >= lowest) & (o_key < position + count)
     return tl.where(m_key, o_key, position + count), m_key  # one that no row sees
 
 
@@ -86,14 +95,18 @@ def masked_scores(
 
 @triton.jit
 def next_rows(lists, i_t, count, BN: tl.constexpr, ALIBI: tl.constexpr):
-    """Offsets of the rows of a listed key tile, and with ALiBi their positions."""
+    """Offsets of the units of a listed key tile [BN / UNIT], and with ALiBi their positions."""
     p_units, p_offsets = lists
-    o_n = tl.arange(0, BN)
-    o_e = i_t * (BN // UNIT) + o_n // UNIT
-    m_e = i_t + tl.zeros_like(o_n) < count
-    # Without the hint rows are loaded element by element.
-    b_offset = tl.multiple_of(tl.load(p_offsets + o_e, mask=m_e, other=0), 16)
-    o_key = o_n
+    o_e = i_t * (BN // UNIT) + tl.arange(0, BN // UNIT)
+    m_e = i_t + tl.zeros_like(o_e) < count
+    b_offset = tl.load(p_offsets + o_e, mask=m_e, other=0)
+    b_first = o_e
     if ALIBI:
-        o_key = tl.load(p_units + o_e, mask=m_e, other=0) * UNIT
-    return b_offset, o_key
+        b_first = tl.load(p_units + o_e, mask=m_e, other=0) * UNIT
+    return b_offset, b_first
+
+
+@triton.jit
+def listed_rows(b_offset, b_first, BN: tl.constexpr, D: tl.constexpr):
+    """Of those [BN / UNIT] the offsets and, with ALiBi, the positions of all rows [BN]."""
+    return spread_offsets(b_offset, BN, D), spread_units(b_first, BN) + places(BN)

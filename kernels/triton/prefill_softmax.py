@@ -10,11 +10,12 @@ from .prefill_tiles import (
     find_tile,
     key_tiles,
     load_rows,
+    next_pages,
     row_offsets,
     score,
-    spaced_offsets,
-    spaced_pages,
     tile_bounds,
+    tile_keys,
+    tile_offsets,
 )
 
 
@@ -90,12 +91,12 @@ def prefill_softmax_kernel(
     b_maximum = tl.full([BM], -float("inf"), tl.float32)
     b_total, b_acc = tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
     start, count_whole = whole * BN, after - whole
-    b_next = spaced_pages(p_table, start, 0, count_whole, BN, 1, P)
+    b_next = next_pages(p_table, start, 0, count_whole, BN, P)
     for i_t in tl.range(0, count_whole, num_stages=STAGES):
-        o_key, b_page = start + i_t * BN + o_n, b_next
-        # Loaded an iteration ahead: see `add_spaced`.
-        b_next = spaced_pages(p_table, start, i_t + 1, count_whole, BN, 1, P)
-        b_offset = spaced_offsets(b_page, o_key, s_page, BN, 1, D, P)
+        b_offset = tile_offsets(b_next, start, i_t, s_page, BN, D, P)
+        # Loaded an iteration ahead: see `prefill_guess.add_sample`.
+        b_next = next_pages(p_table, start, i_t + 1, count_whole, BN, P)
+        o_key = start + tile_keys(i_t, BN)
         b_k = load_rows(p_k, b_offset, o_n, o_d, D, MASKED=False)
         b_v = load_rows(p_v, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)

@@ -2,8 +2,12 @@
 
 Bounds come from more and more keys: from the last ones that the tile sees, then from a sample of
 those before them, then from all. A subset's threshold is a lower bound, and so is what a Newton
-step from a lower bound gives (see `entmax`). A unit that has no score above the bound has none
-above the threshold: each pass reads only the units that had such a score in the pass before.
+step gives (see `entmax`). A unit that has no score above the bound has none above the threshold:
+each pass reads only the units that had such a score in the pass before.
+
+Tiles that see many keys read them at a guess instead, which is nearer to the threshold than the
+sample's bound. A mass of at least one proves that it is a lower bound too; else a Newton step down
+from it gives one, at which all keys are read again.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -12,8 +16,16 @@ above the threshold: each pass reads only the units that had such a score in the
 import triton
 import triton.language as tl
 
-from .entmax import newton_step
-from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
+from .entmax import longest_step, newton_step
+from .prefill_guess import LEAST, guess_step, guess_thresholds
+from .prefill_lists import (
+    append_masked,
+    keep_flagged,
+    listed_rows,
+    masked_keys,
+    masked_scores,
+    next_rows,
+)
 from .prefill_tiles import (
     UNIT,
     any_flag,
@@ -21,14 +33,18 @@ from .prefill_tiles import (
     load_rows,
     load_tile,
     moments,
+    next_pages,
     score,
-    spaced_offsets,
-    spaced_pages,
+    tile_keys,
+    tile_offsets,
 )
 
 # Newton steps from the last keys alone, whose scores are in registers.
 RECENT_STEPS = tl.constexpr(3)
-LEAST = tl.constexpr(-3e38)
+# Of a lower bound, but for rounding.
+LEAST_MASS = tl.constexpr(1.0 - 4e-6)
+# Mass from which differences of the sums are exact enough to tell what a step leaves.
+MOST_MASS = tl.constexpr(4.0)
 
 
 @triton.jit
@@ -59,59 +75,58 @@ def gather_flags(p_words, b_flags, b_tile_flags, i_t, count, EACH: tl.constexpr)
 
 
 @triton.jit
-def add_spaced(
-    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, first, count, s_page,
-    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, SPACE: tl.constexpr,
+def add_all(
+    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, b_count, first, count, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the moments of `count` tiles of keys, SPACE positions apart, from the multiple `first`
-    of BN on. Of neighbouring keys the units with a score above the bound are flagged."""
+    """Adds the moments of `count` tiles of keys from the multiple `first` of BN on, and flags the
+    units with a score above the bound. The loads as in `prefill_guess.add_sample`."""
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     each: tl.constexpr = BN // UNIT.value
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
-    # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
-    # would take the stages of the pipeline.
-    b_next = spaced_pages(p_table, first, 0, count, BN, SPACE, P)
+    b_next = next_pages(p_table, first, 0, count, BN, P)
     for i_t in tl.range(0, count, num_stages=STAGES):
-        o_key, b_page = first + (i_t * BN + o_n) * SPACE, b_next
-        b_next = spaced_pages(p_table, first, i_t + 1, count, BN, SPACE, P)
-        b_offset = spaced_offsets(b_page, o_key, s_page, BN, SPACE, D, P)
+        b_offset = tile_offsets(b_next, first, i_t, s_page, BN, D, P)
+        b_next = next_pages(p_table, first, i_t + 1, count, BN, P)
+        o_key = first + tile_keys(i_t, BN)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-        if SPACE == 1:
-            b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
-    return b_mass, b_power
+        b_count += b_tile_count
+        b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
+    return b_mass, b_power, b_count
 
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, count,
+    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, b_count, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds those of the first `count` listed key tiles, and flags units as `add_spaced`."""
+    """Adds those of the first `count` listed key tiles, and flags units as `add_all`."""
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     each: tl.constexpr = BN // UNIT.value
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
     b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
     for i_t in tl.range(0, count, num_stages=STAGES):
-        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
+        b_offset, o_key = listed_rows(b_next, o_next, BN, D)
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
+        b_count += b_tile_count
         b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
-    return b_mass, b_power
+    return b_mass, b_power, b_count
 
 
 @triton.jit
 def add_masked(
-    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, start, listed, s_page,
+    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, b_count, start, listed, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -121,10 +136,11 @@ def add_masked(
         b_z, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
-        b_tile_mass, b_tile_power, _ = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, _ = moments(b_z, b_tau, rows[3], ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-    return b_mass, b_power
+        b_count += b_tile_count
+    return b_mass, b_power, b_count
 
 
 @triton.jit
@@ -164,7 +180,8 @@ def prefill_thresholds_kernel(
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, SAMPLED: tl.constexpr,
+    STAGES: tl.constexpr, SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
+    GUESSED_FROM: tl.constexpr,
 ):  # fmt: skip
     """Thresholds of all heads of alpha > 1. A program takes one (tile, KV head) after the other.
 
@@ -199,56 +216,67 @@ def prefill_thresholds_kernel(
                 b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             # No finite bound and no visible key make NaN of their difference.
             b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-            b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            b_mass, b_power, b_count, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            b_zero = tl.zeros([BM, 8], tl.float32)
             for _ in tl.static_range(RECENT_STEPS):
                 b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-                b_mass, b_power, _ = moments(b_z, b_tau, b_exponent, ORDER)
+                b_mass, b_power, b_count, _ = moments(b_z, b_tau, b_exponent, ORDER)
 
-            first, whole, after, stop = key_tiles(position, count, lowest, window, BN, WINDOW)
-            sampled = (position + count - BN - whole * BN) // (BN * SAMPLED)
-            b_mass, b_power = add_spaced(
-                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN, sampled,
-                s_page, D, DP, P, BN, SAMPLED, ORDER, ALIBI, WINDOW, STAGES,
+            _first, whole, after, _stop = key_tiles(position, count, lowest, window, BN, WINDOW)
+            b_bound, b_tau = guess_thresholds(
+                rows, b_base, p_k, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
+                whole * BN, tl.maximum(position + count - BN, whole * BN), s_page, D, DP, P, BN,
+                SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
-            b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+            b_tau = tl.where(m_row, b_tau, float("inf"))
 
             first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
-            listed = append_masked(lists, 0, first, whole * each, after * each, stop, BC)
-            b_zero = tl.zeros([BM, 4], tl.float32)
-            b_mass, b_power = add_masked(
-                rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, 0, listed, s_page,
-                D, DP, P, BN, ORDER, ALIBI, WINDOW,
-            )  # fmt: skip
-            b_mass, b_power = add_spaced(
-                rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, whole * BN,
-                after - whole, s_page, D, DP, P, BN, 1, ORDER, ALIBI, WINDOW, STAGES,
-            )  # fmt: skip
-            start = whole * each
-            units = (after - whole) * each
+            start, units = whole * each, (after - whole) * each
+            listed = append_masked(lists, 0, first, start, start + units, stop, BC)
+            unproved = 1
+            while unproved > 0:
+                b_mass, b_power, b_count = add_masked(
+                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, 0, listed,
+                    s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                )  # fmt: skip
+                b_mass, b_power, b_count = add_all(
+                    rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, b_count,
+                    whole * BN, after - whole, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
+                )  # fmt: skip
+                b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
+                # A guess with less mass than one is above the threshold.
+                m_wrong = (b_row_mass < LEAST_MASS) & (b_tau > b_bound)
+                unproved = tl.max(m_wrong.to(tl.int32), 0)
+                if unproved > 0:
+                    b_step = guess_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                    b_bound = tl.where(m_wrong, tl.maximum(b_tau + b_step, b_bound), b_tau)
+                    b_tau = b_bound
             kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
-            edges = start - first + stop - start - units
             unfinished = 1
             while unfinished > 0:
                 b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
                 b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
                 m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+                b_last = b_step
                 if ORDER == 2:
-                    # (x - step) ** 2 of each key that may be above the bound is at least what is
-                    # left of its weight: often enough after one step from far more mass.
-                    keys = (kept + edges) * UNIT
-                    b_left = b_row_mass - b_step * (2.0 * b_row_power - b_step * keys)
-                    m_unfinished &= b_left > 1.0 + left_mass
+                    # Often enough after one step from far more mass.
+                    b_row_count = tl.sum(b_count, 1)
+                    b_left = b_row_mass - b_step * (2.0 * b_row_power - b_step * b_row_count)
+                    m_near = (b_row_mass < MOST_MASS) & (b_left <= 1.0 + 2.0 * left_mass)
+                    m_unfinished &= ~m_near
+                    b_longest = longest_step(b_row_mass, b_row_power, b_row_count)
+                    b_last = tl.where(m_near, 0.5 * (b_step + b_longest), b_step)
                 unfinished = tl.max(m_unfinished.to(tl.int32), 0)
-                b_tau += b_step
+                b_tau += tl.where(unfinished > 0, b_step, b_last)
                 if unfinished > 0:
                     listed = append_masked(lists, kept, first, start, start + units, stop, BC)
                     full = kept // each
-                    b_mass, b_power = add_masked(
-                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, full, listed,
-                        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                    b_mass, b_power, b_count = add_masked(
+                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, full,
+                        listed, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
                     )  # fmt: skip
-                    b_mass, b_power = add_listed(
-                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, full,
+                    b_mass, b_power, b_count = add_listed(
+                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_count, full,
                         D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                     )  # fmt: skip
                     kept = keep_flagged(

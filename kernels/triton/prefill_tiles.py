@@ -76,28 +76,60 @@ def row_offsets(p_table, o_key, m_key, s_page, D: tl.constexpr, P: tl.constexpr)
 
 
 @triton.jit
-def spaced_pages(
-    p_table, first, i_t, count, BN: tl.constexpr, SPACE: tl.constexpr, P: tl.constexpr
-):
-    """Pages of tile i_t of `count` tiles of keys SPACE positions apart."""
-    o_n = tl.arange(0, BN)
-    if BN % P == 0:
-        p_page = p_table + first // P + i_t * (BN * SPACE // P) + o_n * SPACE // P
-    else:
-        p_page = p_table + (first + (i_t * BN + o_n) * SPACE).to(tl.uint32) // P
-    return tl.load(p_page, mask=i_t + tl.zeros_like(o_n) < count, other=0)
+def spread_units(b_unit, BN: tl.constexpr):
+    """What each unit [BN / UNIT] has, for the rows [BN] of a key tile: first the first keys of all
+    units, then their second ones, and so on.
+
+    In this order a thread of a wgmma accumulator has scores of two units only, and those that load
+    rows load all of theirs from one unit.
+    """
+    units: tl.constexpr = BN // UNIT.value
+    return tl.reshape(tl.broadcast_to(b_unit[None, :], [UNIT.value, units]), [BN])
 
 
 @triton.jit
-def spaced_offsets(
-    b_page, o_key, s_page, BN: tl.constexpr, SPACE: tl.constexpr, D: tl.constexpr, P: tl.constexpr
-):
-    """`row_offsets` of keys of such a tile; where they are in their pages is mostly the same for
-    all tiles."""
-    o_in = (o_key.to(tl.uint32) % P).to(tl.int32)
+def places(BN: tl.constexpr):
+    """Of the rows of a key tile: which key of their unit they are."""
+    units: tl.constexpr = BN // UNIT.value
+    o_u = tl.arange(0, UNIT)
+    return tl.reshape(tl.broadcast_to(o_u[:, None], [UNIT.value, units]), [BN])
+
+
+@triton.jit
+def spread_offsets(b_offset, BN: tl.constexpr, D: tl.constexpr):
+    """Offsets of the rows of a key tile from those of its units."""
+    # Rows are loaded element by element unless their offsets are seen to be multiples.
+    return (spread_units(b_offset >> 4, BN) << 4) + places(BN) * D
+
+
+@triton.jit
+def tile_keys(i_t, BN: tl.constexpr):
+    """Positions of the rows of key tile i_t."""
+    return i_t * BN + spread_units(tl.arange(0, BN // UNIT) * UNIT, BN) + places(BN)
+
+
+@triton.jit
+def next_pages(p_table, first, i_t, count, BN: tl.constexpr, P: tl.constexpr):
+    """Pages of the units [BN / UNIT] of tile i_t of `count` from the multiple `first` of BN on."""
+    o_u = tl.arange(0, BN // UNIT) * UNIT
     if BN % P == 0:
-        o_in = tl.arange(0, BN) * SPACE % P
-    return page_offsets(b_page, s_page) + o_in * D
+        p_page = p_table + first // P + i_t * (BN // P) + o_u // P
+    else:
+        p_page = p_table + (first + i_t * BN + o_u).to(tl.uint32) // P
+    return tl.load(p_page, mask=i_t + tl.zeros_like(o_u) < count, other=0)
+
+
+@triton.jit
+def tile_offsets(
+    b_page, first, i_t, s_page, BN: tl.constexpr, D: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Where the rows of the keys of such a tile are."""
+    o_u = tl.arange(0, BN // UNIT) * UNIT
+    # Where units are in their pages is mostly the same for all tiles.
+    if BN % P != 0:
+        o_u = (first + i_t * BN + o_u).to(tl.int32)
+    b_in = (o_u.to(tl.uint32) % P).to(tl.int32)
+    return spread_offsets(page_offsets(b_page, s_page) + b_in * D, BN, D)
 
 
 @triton.jit
@@ -169,47 +201,58 @@ def score(
 
 
 @triton.jit
-def partial_sums(b_x, parts: tl.constexpr):
-    """Sums over the columns of each part of [BM, BN], still divided by four, [BM, parts, 4].
+def partial_sums(b_x):
+    """Sums over every eighth column of [BM, BN], [BM, 8]; no two units have a column in common.
 
     A wgmma accumulator has neighbouring pairs of columns in four threads: these sums need no
     exchange between threads.
     """
     BM: tl.constexpr = b_x.shape[0]
     BN: tl.constexpr = b_x.shape[1]
-    b_x = tl.reshape(b_x, [BM, parts, BN // parts // 8, 4, 2])
-    return tl.sum(tl.sum(b_x, 4), 2)
+    return tl.sum(tl.reshape(b_x, [BM, BN // 8, 8]), 1)
 
 
 @triton.jit
-def flag_units(b_part):
+def partial_maxima(b_x):
+    """The largest ones of every eighth column."""
+    return tl.max(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def flag_units(b_part, units: tl.constexpr):
     """The units of a key tile that have a positive part or NaN, as bits, [BM / 16, 8, 4] int32.
 
     Of the sixteen rows that wgmma gives to a warp, those eight apart are in the same thread.
     """
     BM: tl.constexpr = b_part.shape[0]
-    parts: tl.constexpr = b_part.shape[1]
-    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, parts, 4]), 1)
-    o_bit = tl.arange(0, parts)[None, None, :, None]
-    return tl.sum((~(b_any <= 0.0)).to(tl.int32) << o_bit, 2)
+    b_any = tl.sum(tl.reshape(b_part, [BM // 16, 2, 8, 8]), 1)
+    o_bit = tl.arange(0, 8)[None, None, :] % units
+    b_bits = (~(b_any <= 0.0)).to(tl.int32) << o_bit
+    return tl.sum(tl.reshape(b_bits, [BM // 16, 8, 4, 2]), 3)
 
 
 @triton.jit
 def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
-    """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), [BM, 4]
-    each as `partial_sums`, and `flag_units` of it."""
-    b_x = tl.maximum(b_z - b_tau[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), and for b = 2
+    how many z are not below tau, [BM, 8] each as `partial_sums`, and `flag_units` of it."""
+    b_y = b_z - b_tau[:, None]
+    b_x = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
         # Sums of powers up to 2 ** 80 are finite. Scores that are clipped have a lower threshold,
         # so that steps stay below the true one.
         b_most = tl.exp2(80.0 / b_exponent)[:, None]
         b_x = tl.minimum(b_x, b_most, propagate_nan=tl.PropagateNan.ALL)
     b_weight, b_power = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
-    units: tl.constexpr = b_x.shape[1] // UNIT
-    b_weight, b_power = partial_sums(b_weight, units), partial_sums(b_power, units)
+    b_weight, b_power = partial_sums(b_weight), partial_sums(b_power)
     # Powers of two are NaN for a NaN themselves.
-    b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power)
-    return tl.sum(b_weight, 1), tl.sum(b_power, 1), b_flags
+    units: tl.constexpr = b_x.shape[1] // UNIT
+    b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power, units)
+    b_count = b_weight
+    if ORDER == 2:
+        # A shift of the sign and a sum are one instruction.
+        b_count = partial_sums(b_y.to(tl.int32, bitcast=True) >> 31)
+        b_count = (b_count + b_x.shape[1] // 8).to(tl.float32)
+    return b_weight, b_power, b_count, b_flags
 
 
 @triton.jit

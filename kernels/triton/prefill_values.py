@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 
 from .entmax import FP16_WEIGHT, weigh_scores
-from .prefill_lists import append_masked, keep_flagged, masked_keys, masked_scores, next_rows
+from .prefill_lists import (
+    append_masked,
+    keep_flagged,
+    listed_rows,
+    masked_keys,
+    masked_scores,
+    next_rows,
+)
 from .prefill_tiles import UNIT, key_tiles, load_rows, load_tile, partial_sums, score
 
 
@@ -16,7 +23,7 @@ def weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER: tl.constexp
     b_weight = weigh_scores(b_z, b_tau[:, None], b_exponent[:, None], ORDER)
     if b_v.dtype == tl.float16:
         b_weight *= FP16_WEIGHT
-    b_total += tl.sum(partial_sums(b_weight, 1), 1)
+    b_total += partial_sums(b_weight)
     return b_total, tl.dot(b_weight.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
 
@@ -26,7 +33,7 @@ def attend_masked(
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds the sums of weights [BM, 4] and of weighted values [BM, DP] of the listed key tiles
+    """Adds the sums of weights [BM, 8] and of weighted values [BM, DP] of the listed key tiles
     from `start` on, with masks."""
     b_q, b_exponent = rows[0], rows[3]
     for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
@@ -45,12 +52,13 @@ def attend_listed(
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds those of the first `count` listed key tiles; the loads as in `add_spaced`."""
+    """Adds those of the first `count` listed key tiles; the loads as in
+    `prefill_guess.add_sample`."""
     b_q, b_exponent = rows[0], rows[3]
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
     b_next, o_next = next_rows(lists, 0, count, BN, ALIBI)
     for i_t in tl.range(0, count, num_stages=STAGES):
-        b_offset, o_key = b_next + o_n % UNIT * D, o_next + o_n % UNIT
+        b_offset, o_key = listed_rows(b_next, o_next, BN, D)
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_v = load_rows(p_value, b_offset, o_n, o_d, D, MASKED=False)
@@ -121,7 +129,7 @@ def prefill_values_kernel(
                 (position + count - 1) // UNIT + 1, BC,
             )  # fmt: skip
             full = kept // (BN // UNIT)
-            b_total, b_acc = tl.zeros([BM, 4], tl.float32), tl.zeros([BM, DP], tl.float32)
+            b_total, b_acc = tl.zeros([BM, 8], tl.float32), tl.zeros([BM, DP], tl.float32)
             b_total, b_acc = attend_masked(
                 rows, b_base, p_k, p_v, p_table, lists[0], b_tau, b_total, b_acc, full, listed,
                 s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,

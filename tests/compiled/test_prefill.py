@@ -1,5 +1,7 @@
 """Compiled prefill: as accurate as straightforward PyTorch, whatever the seed of its threshold."""
 
+import sys
+
 import pytest
 import torch
 from reference.scene import make_scene
@@ -9,6 +11,7 @@ from entmaxkv_kernels.triton.prefill import prefill
 
 from .device import DEVICE, DTYPES, on_device
 
+launches = sys.modules["entmaxkv_kernels.triton.prefill"]
 MIXED = torch.tensor([1.0, 1.5, 2.0, 1.25], dtype=torch.float64)
 SLOPES = torch.tensor([0.5, 0.0, -0.25, 0.01])
 LAST_BITS = 2e-5
@@ -109,6 +112,27 @@ def test_high_scores_that_the_seed_misses_are_found(alpha, others):
     scene.key[0][100 : 100 + others] += 20 * scene.query[0][:1] / scene.query[0][0].norm()
     scene.append_all()
     check(scene, [64], alpha=alpha)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.2], ids="alpha {}".format)
+@pytest.mark.parametrize("mass", [None, 1e-3, 1.5], ids=["bound", "guess too high", "guess"])
+def test_a_guess_is_proved_or_made_up_for(monkeypatch, mass, alpha):
+    """Made to show far less mass than one, the sample guesses above nearly every threshold."""
+    if mass is not None:
+        monkeypatch.setattr(launches, "GUESSED_FROM", 0)
+        monkeypatch.setattr(launches, "GUESSED_MASS", mass)
+    check(make_scene([1500], kv_heads=1, dtype=torch.float32), [70], alpha=alpha)
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "not sampled"])
+def test_an_exception_does_not_stand_for_others(monkeypatch, sampled):
+    monkeypatch.setattr(launches, "GUESSED_FROM", 0)
+    scene = make_scene([1500], kv_heads=1, group=1, dtype=torch.float32, filled=False)
+    scene.query[0][:] = scene.query[0][0]
+    # The first key is always in the sample, where few others are.
+    scene.key[0][0 if sampled else 1] += 8 * scene.query[0][0] / scene.query[0][0].norm()
+    scene.append_all()
+    check(scene, [64])
 
 
 def test_two_runs_give_the_same_bits():
