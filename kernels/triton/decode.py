@@ -172,6 +172,7 @@ def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
         "PSP": triton.next_power_of_2(shape.page_splits),
         "BP": shape.page_tile,
         "BL": shape.list_tile,
+        "ALONE": shape.ranked_alone,
         "BM": shape.most_members,
         "NT": triton.next_power_of_2(shape.list_tiles),
         "LONG": shape.long_rows,
@@ -198,7 +199,7 @@ def _list_pages(
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
         elif not arguments["CHOOSING"]:
-            _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 512))
+            _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"

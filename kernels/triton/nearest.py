@@ -1,9 +1,10 @@
 """The pages of a fixed budget: those that lie nearest below the best page of any query head.
 
-One program lists those of a row, or each that reads a short row does. Long rows take two launches
+One program lists those of a short row, or each that reads the row does. Long rows take two launches
 of many programs: a sample of the pages tells between which distances the last page of the budget
 lies; pages before are counted, the few between are collected, and among these every program finds
-the last one by itself.
+the last one by itself. Which rows are short is seen at run time, where block tables have room for
+long ones.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -234,26 +235,38 @@ def choose_kernel(
     allow_next(CHAINED)
 
 
-@triton.jit(do_not_specialize=["page_stride"])
+@triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def distance_kernel(
-    p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_page_sample,
-    p_distance, p_tile_count, p_bracket, p_members, p_member_count,
-    page_stride, exact_below, budget,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_page_sample,
+    p_distance, p_tile_count, p_bracket, p_members, p_member_count, p_listed, p_listed_count,
+    p_counters,
+    s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
-    BM: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, STEP: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, CHAINED: tl.constexpr,
+    BM: tl.constexpr, ALONE: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    STEP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The distances of one tile of a long row's pages; counts those before where the sample has
     the last page of the budget, and collects those about there, in any order.
+
+    Of a row of at most ALONE pages the first program lists the chosen ones.
 
     STEP: one page in so many is sampled. p_members: [rows, 2, BM], distances and pages.
     """
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
-    _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-    await_previous(CHAINED)
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    short = (n + P - 1) // P <= ALONE
+    if short & (i_t == 0):
+        list_own(
+            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+            p_listed, p_listed_count, p_counters, i_b, i_h, i_row, 0, s_block_table, list_stride,
+            page_stride, exact_below, budget, G, P, 1, 1, ALONE, PS, PSP, EXACT_ROWS, COUNT,
+            CHAINED,
+        )  # fmt: skip
+    else:
+        await_previous(CHAINED)
     allow_next(CHAINED)
-    if i_t * BL >= ranked:
+    if short | (i_t * BL >= ranked):
         return
     peaks, steps = row_scale(p_page_maximum, p_page_minimum, i_row, G, PS, PSP)
     o_page, o_sample = i_t * BL + tl.arange(0, BL), tl.arange(0, SAMPLED)
@@ -296,9 +309,10 @@ def list_nearest_kernel(
     p_member_count, p_listed, p_listed_count, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    ALONE: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one tile of a long row, and with the first tile the last page.
+    Rows of at most ALONE pages are listed already.
 
     Where the sample was wrong, or the pages about the last one are more than there is room for,
     it looks at all distances of the row.
@@ -313,6 +327,8 @@ def list_nearest_kernel(
     b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
     await_previous(CHAINED)
     allow_next(CHAINED)
+    if pages <= ALONE:
+        return
     b_place = tl.where(o_page < pages, o_page, NEVER)
     if first < ranked:
         p_d = p_distance + i_row.to(tl.int64) * page_stride

@@ -51,7 +51,7 @@ def load_statistics(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
 @triton.jit
 def places(m_nearer, m_tied, BL: tl.constexpr):
     """How many nearer and tied pages lie before each page [BL], and how many there are in all."""
-    # Both counts are at most BL <= 8192, so one scan serves both.
+    # Both counts are at most BL <= 2048, so one scan serves both.
     b_both = tl.reshape(m_nearer.to(tl.int32) + (m_tied.to(tl.int32) << 16), [BL // WARP, WARP])
     b_row = tl.sum(b_both, 1)
     b_before = (tl.cumsum(b_row, 0) - b_row)[:, None] + tl.cumsum(b_both, 1) - b_both

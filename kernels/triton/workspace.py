@@ -26,11 +26,13 @@ HELD_LISTED = 8192
 RANKED_BY_READERS = 2048
 """Pages of a row that each program that reads some ranks by itself."""
 
+RANKED_ALONE = 2048
+"""Pages of a row that one program ranks, where block tables have room for more."""
+
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
-_RANKED_ALONE = 8192
 _MOST_NEAR = 65536
 _NEAR = 1 << 22
 _ALIGNMENT = 256
@@ -227,8 +229,13 @@ class Shape:
 
     @property
     def long_rows(self) -> bool:
-        """Whether a row has more pages than one program should rank."""
-        return self.max_pages > _RANKED_ALONE
+        """Whether a row can have more pages than one program should rank."""
+        return self.max_pages > self.ranked_alone
+
+    @property
+    def ranked_alone(self) -> int:
+        """Pages of a row up to which one program ranks them."""
+        return RANKED_ALONE
 
     @property
     def list_tile(self) -> int:

@@ -6,7 +6,6 @@ from reference.scene import make_scene
 
 from entmaxkv_kernels import Counter, Gaussian, TopK
 from entmaxkv_kernels.triton import workspace
-from entmaxkv_kernels.triton.workspace import Shape
 
 from .device import DTYPES, Step
 
@@ -119,14 +118,16 @@ def test_equal_pages_go_to_the_earlier_one():
 
 @pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
 def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch):
-    monkeypatch.setattr(Shape, "long_rows", True)
-    lengths = [1100 * 16 + 1, 40, 1030 * 16]
+    """Beside them are some that one program ranks."""
+    monkeypatch.setattr(workspace, "RANKED_ALONE", 64)
+    lengths = [1100 * 16 + 1, 40, 1030 * 16, 64 * 16, 65 * 16, 0]
     scene = sparse_scene(TopK(1000), lengths, kv_heads=1, group=2)
     if equal:
         make_pages_equal(scene)
-    exact_rows = torch.tensor([False, False, True])
+    exact_rows = torch.tensor([False, False, True, False, False, False])
     pages = check(TopK(1000), scene, exact_rows=exact_rows)
-    assert pages.sum(-1).flatten().tolist() == [1000 // 16 + 1, 3, 1030]
+    budget = 1000 // 16 + 1
+    assert pages.sum(-1).flatten().tolist() == [budget, 3, 1030, budget, budget, 0]
 
 
 def test_the_least_workspace_is_enough_whatever_it_holds():
@@ -145,9 +146,28 @@ def test_rows_may_be_ranked_by_programs_of_their_own(monkeypatch):
     assert not pages[4].all() and pages[5, :, :19].all()
 
 
+def test_a_page_is_chosen_whoever_ranks_it(monkeypatch):
+    """By the programs that read the row, by one of a wide block table, or by several; also where
+    bounds are no numbers, infinite or equal."""
+    scene = sparse_scene(TopK(640), [2000, 300, 1024], kv_heads=1, group=2)
+    scene.cache.scales[::7] = torch.nan
+    scene.cache.scales[3] = torch.inf
+    scene.cache.statistics[5::3] = scene.cache.statistics[5].clone()
+    scene.cache.scales[5::3] = scene.cache.scales[5].clone()
+    listed = []
+    for readers, alone in ((2048, 2048), (0, 2048), (0, 64), (0, 32)):
+        monkeypatch.setattr(workspace, "RANKED_BY_READERS", readers)
+        monkeypatch.setattr(workspace, "RANKED_ALONE", alone)
+        step = Step(scene, TopK(640))
+        step.run()
+        listed.append(listed_pages(step))
+        assert torch.equal(listed[-1], listed[0])
+    assert listed[0].sum(-1).flatten().tolist() == [41, 19, 41]
+
+
 def test_a_sample_that_misleads_is_made_up_for(monkeypatch):
     """Of 2,100 pages every other one is sampled, and those between lie nearer."""
-    monkeypatch.setattr(Shape, "long_rows", True)
+    monkeypatch.setattr(workspace, "RANKED_ALONE", 64)
     scene = sparse_scene(TopK(1000), [2100 * 16 + 3], kv_heads=1, group=2)
     scene.cache.scales[scene.block_table[0, 1:2100:2].long()] *= 3
     pages = check(TopK(1000), scene)
