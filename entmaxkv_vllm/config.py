@@ -65,10 +65,12 @@ class EntmaxKVConfig:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
-        """alpha of query heads [first_head, first_head + num_heads) of the whole model."""
-        if isinstance(self.alpha, tuple):
-            return self.alpha[first_head : first_head + num_heads]
-        return self.alpha
+        """alpha of query heads [first_head, first_head + num_heads) of the whole model; one number
+        where it is the same for all, with which kernels are faster."""
+        if not isinstance(self.alpha, tuple):
+            return self.alpha
+        own = self.alpha[first_head : first_head + num_heads]
+        return own[0] if len(set(own)) == 1 else own
 
     @property
     def kernels(self) -> str:

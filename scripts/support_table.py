@@ -18,6 +18,8 @@ PARALLEL = f"{ENGINE}test_parallel.py::"
 SERVING = f"{ENGINE}test_serving.py::"
 GPU = "tests/gpu/test_serving.py::"
 GPUS = "tests/gpu/test_parallel.py::"
+GPU_SERVER = "tests/gpu/test_server.py::"
+COMPILED = "tests/compiled/test_exact.py::"
 DECODE = "tests/reference/test_decode.py::"
 PREFILL = "tests/reference/test_prefill.py::"
 
@@ -64,12 +66,18 @@ MODELS = (
     Line(
         "head sizes {head_sizes}",
         cpu=f"{DECODE}test_head_groups_and_head_sizes_match_dense_attention",
+        gpu=f"{COMPILED}test_every_shape_of_heads_and_pages_is_exact",
     ),
     Line("other head sizes", layer={"head_size": 72}),
-    Line("float32", cpu=f"{EXACT}test_logits_agree_with_the_oracle_to_a_ten_thousandth"),
+    Line(
+        "float32",
+        cpu=f"{EXACT}test_logits_agree_with_the_oracle_to_a_ten_thousandth",
+        gpu=f"{GPU}test_greedy_tokens_are_those_of_the_reference_on_a_cpu",
+    ),
     Line(
         "float16, bfloat16",
         cpu=f"{OPTIONS}test_half_precision_answers_right",
+        gpu=f"{OPTIONS}test_half_precision_answers_right",
     ),
     Line(
         "an alpha for each query head",
@@ -81,11 +89,16 @@ MODELS = (
         model={"entmax_alpha": 1.0},
         cpu=f"{ARCHITECTURES}test_alibi_slopes_reach_the_kernels",
     ),
-    Line("ALiBi", cpu=f"{ARCHITECTURES}test_alibi_slopes_reach_the_kernels"),
+    Line(
+        "ALiBi",
+        cpu=f"{ARCHITECTURES}test_alibi_slopes_reach_the_kernels",
+        gpu=f"{COMPILED}test_heads_have_their_own_alpha_and_slope_and_see_a_window",
+    ),
     Line(
         "sliding-window layers among full ones",
         layer={"has_sliding_window": True},
         cpu=f"{ARCHITECTURES}test_sliding_window_layers_among_full_ones_agree_with_the_oracle",
+        gpu=f"{ARCHITECTURES}test_sliding_window_layers_among_full_ones_agree_with_the_oracle",
     ),
     Line("logit soft caps", model={"attn_logit_softcapping": 50.0}),
     Line("chunked local attention", model={"attention_chunk_size": 512}),
@@ -100,7 +113,9 @@ MODELS = (
 
 CACHE = (
     Line(
-        "the cache in the model's dtype", cpu=f"{EXACT}test_greedy_tokens_are_those_of_the_oracle"
+        "the cache in the model's dtype",
+        cpu=f"{EXACT}test_greedy_tokens_are_those_of_the_oracle",
+        gpu=f"{GPU}test_greedy_tokens_are_those_of_the_reference_on_a_cpu",
     ),
     Line(
         "fp8 cache, `exact`",
@@ -112,6 +127,7 @@ CACHE = (
         "fp8 cache, a sparse selector",
         engine={"kv_cache_dtype": "fp8", **options(selector="gaussian")},
         cpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
+        gpu=f"{OPTIONS}test_an_fp8_cache_answers_right",
     ),
     Line("scales for each head of an fp8 cache", layer={"use_per_head_quant_scales": True}),
     Line("`--kv-cache-dtype` {other_cache_dtypes}", layer={"kv_cache_dtype": "nvfp4"}),
@@ -123,11 +139,13 @@ CACHE = (
         "blocks of several pages",
         engine={"block_size": 128},
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line("blocks of a part of a page", engine={"block_size": 16, **options(page_size=64)}),
     Line(
         "cache layouts {layouts}",
         cpu=f"{OPTIONS}test_every_declared_cache_layout_answers_right",
+        gpu=f"{OPTIONS}test_every_declared_cache_layout_answers_right",
     ),
     Line(
         "prefix caching",
@@ -155,7 +173,11 @@ SCHEDULING = (
         cpu=f"{EXACT}test_the_run_was_preempted_and_its_prefill_was_chunked",
         gpu=f"{GPU}test_requests_were_preempted_and_prefixes_cached",
     ),
-    Line("async scheduling", not_on_cpu="vLLM turns it off"),
+    Line(
+        "async scheduling",
+        not_on_cpu="vLLM turns it off",
+        gpu=f"{GPU}test_steps_were_scheduled_while_the_one_before_ran",
+    ),
     Line(
         "CUDA graphs for decode",
         not_on_cpu="it has none",
@@ -183,16 +205,25 @@ SCHEDULING = (
     ),
     Line("adaptive verification", layer={"use_adaptive_verification": True}),
     Line("batch invariance", layer={"use_batch_invariant": True}),
-    Line("structured output", cpu=f"{SERVING}test_structured_output_is_one_of_the_choices"),
+    Line(
+        "structured output",
+        cpu=f"{SERVING}test_structured_output_is_one_of_the_choices",
+        gpu=f"{GPU_SERVER}test_structured_output_is_one_of_the_choices",
+    ),
     Line(
         "LoRA",
         cpu=f"{ENGINE}test_lora.py::test_an_adapter_answers_as_a_model_that_has_its_weights",
     ),
-    Line("sleep and wake", not_on_cpu="vLLM has it for GPUs"),
+    Line(
+        "sleep and wake",
+        not_on_cpu="vLLM has it for GPUs",
+        gpu="tests/gpu/test_sleep.py::test_captured_steps_answer_as_before_after_each_level_of_sleep",
+    ),
     Line(
         "layers kept dense (`dense_layers`)",
         engine=options(selector="topk", dense_layers=[0]),
         cpu=f"{OPTIONS}test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date",
+        gpu=f"{OPTIONS}test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date",
     ),
     Line(
         "the selectors `topk` and `gaussian`",
@@ -203,6 +234,7 @@ SCHEDULING = (
         "statistics after reuse, preemption and shared prefixes",
         engine=options(selector="gaussian"),
         cpu=f"{STATISTICS}test_at_every_decode_step_every_page_holds_the_statistics_of_its_own_rows",
+        gpu=f"{STATISTICS}test_at_every_decode_step_every_page_holds_the_statistics_of_its_own_rows",
     ),
 )
 

@@ -144,6 +144,7 @@ def fuzz_table(result: dict[str, Any]) -> list[str]:
 def serving_table(result: dict[str, Any]) -> list[str]:
     titles = ["run", "model", "requests", "context", "selector", "pages read", "ms"]
     titles += ["FLASH_ATTN ms", "ratio", "GPU busy ms", "FLASH_ATTN's"]
+    busy = "gpu_busy_ms", "gpu_busy_ms_flash_attn"
     rows = (
         (
             row["run"],
@@ -155,8 +156,7 @@ def serving_table(result: dict[str, Any]) -> list[str]:
             f"{row['tpot_ms']:.2f}",
             f"{row['tpot_ms_flash_attn']:.2f}",
             f"{row['ratio_flash_attn']:.2f}",
-            f"{row['gpu_busy_ms']:.2f}",
-            f"{row['gpu_busy_ms_flash_attn']:.2f}",
+            *(f"{row[name]:.2f}" if name in row else "" for name in busy),
         )
         for row in result["rows"]
         if row["selector"] != "FLASH_ATTN"
@@ -229,6 +229,7 @@ SECTIONS = (
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
+    ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),
     ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),
     ("fuzz-h200.json", "Random cases against fp64", fuzz_table),

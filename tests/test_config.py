@@ -62,8 +62,9 @@ def test_plain_alpha_is_read_only_where_an_entmax_option_stands_beside_it():
 
 
 def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_sharded():
-    config = settle({"entmax_alpha": [1.5, 2.0, 1.0, 1.25]})
+    config = settle({"entmax_alpha": [1.5, 1.5, 1.0, 1.25]})
     assert config.head_alphas(2, 2) == (1.0, 1.25)
+    assert config.head_alphas(0, 2) == 1.5
     assert settle().head_alphas(2, 2) == 1.5
 
 

@@ -28,7 +28,7 @@ GUESSED_MASS = 1.5
 """Mass above the guess that the sample is made to show: more makes tiles read more units, and less
 makes more of them read all keys twice."""
 
-GUESSED_FROM = 1 << 15
+GUESSED_FROM = 1 << 14
 """Keys from which on a guess pays. Fewer have a sample that is too small, and a guess that fails
 costs a pass over all keys."""
 

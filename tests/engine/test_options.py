@@ -162,7 +162,8 @@ def next_token_logprobs(prompt, alphas):
 def test_heads_with_alphas_of_their_own_attend_each_with_its_own(tokenizer):
     prompt = tokenizer(needle_prompt(random.Random(5), tokens=400).prompt).input_ids
     common = next_token_logprobs(prompt, 1.5)
-    spelled_out = next_token_logprobs(prompt, [1.5] * 8)
+    # All alike would be one alpha.
+    spelled_out = next_token_logprobs(prompt, [1.5] * 7 + [1.5 + 1e-9])
     one_softmax_head = next_token_logprobs(prompt, [1.5] * 7 + [1.0])
     torch.testing.assert_close(spelled_out, common, rtol=0, atol=1e-5)
     assert (one_softmax_head - common).abs().max() > 1e-3
