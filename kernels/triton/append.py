@@ -11,7 +11,7 @@ from torch import Tensor
 from ..pages import FP8, STATISTICS, PagedCache
 from ..reference.append import LARGEST, STD_FLOOR, WIDENED
 from .scores import allow_next, await_previous
-from .workspace import can_chain
+from .workspace import can_chain, power_of_two
 
 FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
 STD_MIN = tl.constexpr(STD_FLOOR)
@@ -157,7 +157,7 @@ def append(
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     # A decode step has a page per token; a long prompt has one in page_size.
     block = 1 if tokens <= LONG_PROMPT else cache.layout.page_size
-    padded = triton.next_power_of_2(head_size)
+    padded = power_of_two(head_size)
     chained = can_chain(key.device)
     append_kernel[(triton.cdiv(tokens, block), kv_heads)](
         key,

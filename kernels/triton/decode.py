@@ -4,7 +4,6 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..pages import PagedCache
@@ -20,7 +19,7 @@ from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
-from .workspace import Shape, budget_of, can_chain, processors
+from .workspace import Shape, budget_of, can_chain, power_of_two, processors
 
 NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
@@ -109,7 +108,7 @@ def decode(
         "DP": shape.padded_head_size,
         "P": shape.page_size,
         "S": splits,
-        "SP": triton.next_power_of_2(splits),
+        "SP": power_of_two(splits),
         "FP": shape.filter_parts,
         "DS": shape.value_parts,
         "BN": tile,
@@ -169,12 +168,12 @@ def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
     return {
         "budget": selector.token_budget // shape.page_size if isinstance(selector, TopK) else 0,
         "PS": shape.page_splits,
-        "PSP": triton.next_power_of_2(shape.page_splits),
+        "PSP": power_of_two(shape.page_splits),
         "BP": shape.page_tile,
         "BL": shape.list_tile,
         "ALONE": shape.ranked_alone,
         "BM": shape.most_members,
-        "NT": triton.next_power_of_2(shape.list_tiles),
+        "NT": power_of_two(shape.list_tiles),
         "LONG": shape.long_rows,
         "STEP": shape.page_step,
     }
@@ -243,7 +242,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         _make_up(shape, arguments)
         return
     filters, threads = shape.filter_parts, 128
-    places = min(triton.next_power_of_2(capacity), max(32, 16 * threads * filters // splits))
+    places = min(power_of_two(capacity), max(32, 16 * threads * filters // splits))
     places = max(places, threads * filters // splits)
     _chain(
         filter_kernel,

@@ -12,7 +12,7 @@ from .prefill_softmax import prefill_softmax_kernel
 from .prefill_thresholds import prefill_thresholds_kernel
 from .prefill_tiles import UNIT
 from .prefill_values import prefill_values_kernel
-from .workspace import processors
+from .workspace import power_of_two, processors
 
 EXCESS_MASS = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 """Mass above one that is within the precision of the weights, which are divided by their sum."""
@@ -145,8 +145,8 @@ def prefill_workspace_size(
     dtype: of the cache; torch.float32 for fp32 queries of an fp8 cache, which take more.
     max_tokens: columns of the block table times page_size.
     """
-    tiles = tiles_for(dtype, _power_of_two(head_size))
-    rows = max(tiles.rows, _power_of_two(query_heads // kv_heads))
+    tiles = tiles_for(dtype, power_of_two(head_size))
+    rows = max(tiles.rows, power_of_two(query_heads // kv_heads))
     division = _Division(tiles, rows, kv_heads, max_tokens, dtype == torch.float32)
     return division.good_size(torch.device(device))
 
@@ -179,10 +179,10 @@ def prefill(
     kv_heads, page_size = cache.key.shape[1:3]
     if tokens == 0 or batch == 0:
         return out
-    padded_head_size = max(16, _power_of_two(head_size))
+    padded_head_size = max(16, power_of_two(head_size))
     tiles = tiles_for(query.dtype, padded_head_size)
     group = query_heads // kv_heads
-    rows = max(tiles.rows, _power_of_two(group))
+    rows = max(tiles.rows, power_of_two(group))
     queries = rows // group
     # Upper bound of the tiles of any division of the tokens into sequences.
     tile_count = tokens // queries + batch
@@ -280,11 +280,6 @@ def prefill(
             _launch(prefill_thresholds_kernel, grids[0], arguments, **thresholds)
             _launch(prefill_values_kernel, grids[1], arguments, **options)
     return out
-
-
-def _power_of_two(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from ..selectors import Selector, TopK
@@ -36,6 +35,11 @@ _MOST_SPLITS = 256
 _MOST_NEAR = 65536
 _NEAR = 1 << 22
 _ALIGNMENT = 256
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is not below a number of at least 1; Triton's own function takes long."""
+    return 1 << (number - 1).bit_length()
 
 
 @cache
@@ -96,16 +100,16 @@ class Shape:
     def planned_batch(self) -> int:
         """The batch that the chip is divided for: each division compiles kernels of its own, and a
         batch that was padded is divided like the one that it was."""
-        return triton.next_power_of_2(self.batch)
+        return power_of_two(self.batch)
 
     @property
     def padded_head_size(self) -> int:
-        return max(16, triton.next_power_of_2(self.head_size))
+        return max(16, power_of_two(self.head_size))
 
     @property
     def padded_group(self) -> int:
         """Columns of a score tile; matrix products take at least 8."""
-        return max(8, triton.next_power_of_2(self.group))
+        return max(8, power_of_two(self.group))
 
     @property
     def row_size(self) -> int:
@@ -161,7 +165,7 @@ class Shape:
         many, or better shared by several."""
         places = self.splits * self.most_capacity
         most = HELD if self.budget is None else HELD_LISTED
-        return 0 if self.crowded or places > most else max(128, triton.next_power_of_2(places))
+        return 0 if self.crowded or places > most else max(128, power_of_two(places))
 
     @property
     def classes(self) -> int:
@@ -174,7 +178,7 @@ class Shape:
     @property
     def page_step(self) -> int:
         """One page of a long row in so many is sampled."""
-        return max(1, triton.next_power_of_2(self.max_pages) // SAMPLED.value)
+        return max(1, power_of_two(self.max_pages) // SAMPLED.value)
 
     @property
     def sample(self) -> int:
@@ -193,12 +197,12 @@ class Shape:
         """Programs per query head that pack its candidates."""
         wanted = max(1, 16 * self.processors // (self.planned_batch * self.query_heads))
         wanted = 1 << (min(wanted, 16).bit_length() - 1)
-        return min(wanted, triton.next_power_of_2(self.splits))
+        return min(wanted, power_of_two(self.splits))
 
     @property
     def most_near(self) -> int:
         """Candidates that one of those programs can meet: all that its splits read."""
-        return triton.next_power_of_2(self.splits) // self.filter_parts * self.most_capacity
+        return power_of_two(self.splits) // self.filter_parts * self.most_capacity
 
     @property
     def near(self) -> int:
@@ -241,14 +245,14 @@ class Shape:
     def list_tile(self) -> int:
         """Pages that one of the programs that list those of a row looks at."""
         if self.selector == "topk" and not self.long_rows:
-            return max(256, triton.next_power_of_2(self.max_pages))
+            return max(256, power_of_two(self.max_pages))
         return 1024 if self.max_pages <= 1 << 15 else 2048
 
     @property
     def most_members(self) -> int:
         """Pages about the last one of a budget that there is room for: more than a share that a
         sample leaves open."""
-        return min(max(1024, triton.next_power_of_2(self.max_pages) // 8), 1 << 14)
+        return min(max(1024, power_of_two(self.max_pages) // 8), 1 << 14)
 
     @property
     def list_tiles(self) -> int:
@@ -289,7 +293,7 @@ class Shape:
                 "listed_count": (torch.int32, rows),
                 "reach": (torch.float32, heads * self.page_stride),
                 "distance": (torch.int32, rows * self.page_stride),
-                "tile_count": (torch.int32, rows * triton.next_power_of_2(self.list_tiles)),
+                "tile_count": (torch.int32, rows * power_of_two(self.list_tiles)),
             }
         if self.selector == "topk":
             fields |= {
