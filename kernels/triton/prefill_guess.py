@@ -34,7 +34,7 @@ def add_sample(
         b_offset = page_offsets(b_page, s_page) + (o_key.to(tl.uint32) % P) * D
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, _, _ = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, _, _ = moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_top = tl.maximum(b_top, partial_maxima(b_z))

@@ -92,7 +92,7 @@ def add_all(
         o_key = first + tile_keys(i_t, BN)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -116,7 +116,7 @@ def add_listed(
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -136,7 +136,7 @@ def add_masked(
         b_z, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
-        b_tile_mass, b_tile_power, b_tile_count, _ = moments(b_z, b_tau, rows[3], ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, _ = moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -216,11 +216,11 @@ def prefill_thresholds_kernel(
                 b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
             # No finite bound and no visible key make NaN of their difference.
             b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-            b_mass, b_power, b_count, _ = moments(b_z, b_tau, b_exponent, ORDER)
+            b_mass, b_power, b_count, _ = moments(rows, b_z, b_tau, ORDER)
             b_zero = tl.zeros([BM, 8], tl.float32)
             for _ in tl.static_range(RECENT_STEPS):
                 b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-                b_mass, b_power, b_count, _ = moments(b_z, b_tau, b_exponent, ORDER)
+                b_mass, b_power, b_count, _ = moments(rows, b_z, b_tau, ORDER)
 
             _first, whole, after, _stop = key_tiles(position, count, lowest, window, BN, WINDOW)
             b_bound, b_tau = guess_thresholds(

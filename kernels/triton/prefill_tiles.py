@@ -201,12 +201,20 @@ def score(
 
 
 @triton.jit
-def partial_sums(b_x):
+def partial_sums(b_x, FP32: tl.constexpr):
     """Sums over every eighth column of [BM, BN], [BM, 8]; no two units have a column in common.
 
     A wgmma accumulator has neighbouring pairs of columns in four threads: these sums need no
     exchange between threads.
+
+    FP32: whether the columns are of fp32 queries and keys. Their products are not of wgmma, and
+    threads have one term each of a sum.
     """
+    if FP32:
+        # Two threads add their terms, each to what it gets from the other one. Where terms are
+        # products, each would fuse its own one with the sum, unrounded, and the other's would be
+        # rounded: they would go on with different sums of the same row. A choice is not fused.
+        b_x = tl.where(b_x == b_x, b_x, float("nan"))
     BM: tl.constexpr = b_x.shape[0]
     BN: tl.constexpr = b_x.shape[1]
     return tl.sum(tl.reshape(b_x, [BM, BN // 8, 8]), 1)
@@ -232,9 +240,11 @@ def flag_units(b_part, units: tl.constexpr):
 
 
 @triton.jit
-def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
+def moments(rows, b_z, b_tau, ORDER: tl.constexpr):
     """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), and for b = 2
     how many z are not below tau, [BM, 8] each as `partial_sums`, and `flag_units` of it."""
+    b_exponent = rows[3]
+    fp32: tl.constexpr = rows[0].dtype == tl.float32
     b_y = b_z - b_tau[:, None]
     b_x = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
@@ -243,14 +253,14 @@ def moments(b_z, b_tau, b_exponent, ORDER: tl.constexpr):
         b_most = tl.exp2(80.0 / b_exponent)[:, None]
         b_x = tl.minimum(b_x, b_most, propagate_nan=tl.PropagateNan.ALL)
     b_weight, b_power = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
-    b_weight, b_power = partial_sums(b_weight), partial_sums(b_power)
+    b_weight, b_power = partial_sums(b_weight, fp32), partial_sums(b_power, fp32)
     # Powers of two are NaN for a NaN themselves.
     units: tl.constexpr = b_x.shape[1] // UNIT
     b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power, units)
     b_count = b_weight
     if ORDER == 2:
         # A shift of the sign and a sum are one instruction.
-        b_count = partial_sums(b_y.to(tl.int32, bitcast=True) >> 31)
+        b_count = partial_sums(b_y.to(tl.int32, bitcast=True) >> 31, False)
         b_count = (b_count + b_x.shape[1] // 8).to(tl.float32)
     return b_weight, b_power, b_count, b_flags
 

@@ -23,7 +23,7 @@ def weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER: tl.constexp
     b_weight = weigh_scores(b_z, b_tau[:, None], b_exponent[:, None], ORDER)
     if b_v.dtype == tl.float16:
         b_weight *= FP16_WEIGHT
-    b_total += partial_sums(b_weight)
+    b_total += partial_sums(b_weight, b_v.dtype == tl.float32)
     return b_total, tl.dot(b_weight.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
 
