@@ -83,6 +83,7 @@ CASES = {
     ),
     "fp32 by fallback": Case(FP32, alpha=1.2, least=True),
     "fp32 prefill": Case(FP32, alpha=1.2, chunk=40),
+    "fp32 prefill, alpha 1.5": Case(FP32, chunk=40),
     "fp16, D 80, gaussian by fallback": Case(
         FP16, head_size=80, selector=Gaussian(), alibi=True, least=True
     ),
