@@ -125,7 +125,7 @@ def test_a_guess_is_proved_or_made_up_for(monkeypatch, mass, alpha):
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "not sampled"])
-def test_an_exception_does_not_stand_for_others(monkeypatch, sampled):
+def test_one_high_score_leaves_the_output_exact_whether_a_guess_saw_it_or_not(monkeypatch, sampled):
     monkeypatch.setattr(launches, "GUESSED_FROM", 0)
     scene = make_scene([1500], kv_heads=1, group=1, dtype=torch.float32, filled=False)
     scene.query[0][:] = scene.query[0][0]
