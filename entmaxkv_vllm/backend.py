@@ -51,7 +51,8 @@ class EntmaxKVBackend(AttentionBackend):
         "fp8",
         "fp8_e4m3",
     ]
-    forward_includes_kv_cache_update: bool = False
+    # Decoding starts while the tokens are appended, so nothing may come between the two.
+    forward_includes_kv_cache_update: bool = True
 
     @staticmethod
     def get_name() -> str:

@@ -45,6 +45,7 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         "CommonAttentionMetadata.query_start_loc",
         "CommonAttentionMetadata.query_start_loc_cpu",
         "CommonAttentionMetadata.seq_lens",
+        "CommonAttentionMetadata.slot_mapping",
         "MultipleOf",
     ),
     "vllm.v1.attention.backends.registry": (

@@ -84,30 +84,6 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         # What vLLM frees must not stay because of its views.
         self._pages: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def do_kv_cache_update(
-        self,
-        layer: AttentionLayer,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write this step's keys and values, and refresh the touched pages' statistics.
-
-        Args:
-            key, value: [tokens, kv_heads, head_size].
-            slot_mapping: [tokens] int64, block * page_size + offset; negative for padding.
-        """
-        tokens = slot_mapping.shape[0]
-        append(
-            self.pages(layer, kv_cache),
-            key[:tokens],
-            value[:tokens],
-            slot_mapping,
-            implementation=self.kernels,
-            **self._scales(layer),
-        )
-
     def forward(
         self,
         layer: AttentionLayer,
@@ -120,16 +96,21 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; the keys and values of this step are already in the cache.
+        """Append this step's keys and values to their pages, then attend.
 
         Args:
             query: [tokens, query_heads, head_size]; rows past the batch's tokens are padding.
-            output: same shape, written in place.
+            key, value: [tokens, kv_heads, head_size]; not looked at by a layer that reads the
+                cache of another one.
+            output: shape of query, written in place.
         """
         if attn_metadata is None:
             self._prepare(layer, query)
             return output.fill_(0)
         pages = self.pages(layer, kv_cache)
+        appends = self.kv_sharing_target_layer_name is None
+        if appends:
+            self._append(layer, key, value, pages, attn_metadata.slot_mapping)
         options: dict[str, Any] = {
             "scale": self.scale,
             "alpha": self.alpha,
@@ -140,7 +121,8 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             **self._scales(layer),
         }
         if attn_metadata.decode is not None:
-            self._decode(layer, query, pages, attn_metadata.decode, output, options)
+            alone = appends and attn_metadata.prefill is None
+            self._decode(layer, query, pages, attn_metadata.decode, output, options, alone)
         if (rows := attn_metadata.prefill) is not None:
             prefill(
                 query[: rows.last_token],
@@ -153,6 +135,24 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             )
         return output
 
+    def _append(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: PagedCache,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        tokens = len(slot_mapping)
+        append(
+            pages,
+            key[:tokens],
+            value[:tokens],
+            slot_mapping,
+            implementation=self.kernels,
+            **self._scales(layer),
+        )
+
     def _decode(
         self,
         layer: AttentionLayer,
@@ -161,11 +161,12 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         rows: DecodeRows,
         output: torch.Tensor,
         options: dict[str, Any],
+        after_append: bool,
     ) -> None:
         index = self.index_of(layer)
         if self.kernels == "triton" and not self._warm:
             self._warm_up(layer, query, pages, rows, options)
-        self._decode_parts(index, query, pages, rows, output, options)
+        self._decode_parts(index, query, pages, rows, output, options, after_append)
         self.counters.publish(index)
 
     def _decode_parts(
@@ -176,6 +177,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         rows: DecodeRows,
         output: torch.Tensor,
         options: dict[str, Any],
+        after_append: bool = False,
     ) -> None:
         """Decode as many sequences at a time as scratch is planned for."""
         sparse = bool(pages.layout.statistics)
@@ -191,6 +193,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 exact_below=self.config.exact_below,
                 counters=self.counters.row(index, query.device),
                 out=output[part],
+                after_append=after_append and first == 0,
                 **options,
             )
 

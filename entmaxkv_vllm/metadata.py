@@ -58,8 +58,13 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class EntmaxKVMetadata(AttentionMetadata):
-    """Either kind of rows may be absent."""
+    """Either kind of rows may be absent.
 
+    Attributes:
+        slot_mapping: [tokens] int64, where the new tokens are appended; negative for padding.
+    """
+
+    slot_mapping: torch.Tensor
     decode: DecodeRows | None
     prefill: PrefillRows | None
 
@@ -115,7 +120,7 @@ class EntmaxKVMetadataBuilder(AttentionMetadataBuilder[EntmaxKVMetadata]):
                 lengths[decodes:end],
                 common.query_start_loc[decodes : end + 1],
             )
-        return EntmaxKVMetadata(decode, prefill)
+        return EntmaxKVMetadata(common.slot_mapping, decode, prefill)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

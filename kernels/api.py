@@ -192,6 +192,7 @@ def decode(
     value_scale: float = 1.0,
     counters: Tensor | None = None,
     out: Tensor | None = None,
+    after_append: bool = False,
     workspace: Tensor | None = None,
     implementation: str = "reference",
 ) -> Tensor:
@@ -211,6 +212,9 @@ def decode(
     exact_below: sequences of at most this many tokens are decoded exactly.
     counters: [len(Counter)] int64, added to in place; see `Counter`.
     out: [B, query_heads, head_size] to write to, dtype of the query.
+    after_append: the call before on this stream was `append` with the newest token of every
+        sequence of a batch that these are part of, and nothing else. The compiled kernels read
+        older pages while it still runs; results are the same.
     workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
         `decode_workspace_size` says; without it they allocate.
 
@@ -247,6 +251,7 @@ def decode(
         counters=counters,
         out=torch.empty_like(query) if out is None else out,
         value_scale=float(value_scale),
+        after_append=after_append,
         **_scratch(implementation, workspace, query),
     )
 

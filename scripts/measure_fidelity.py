@@ -97,10 +97,11 @@ def recorded(recorder: Recorder) -> Iterator[None]:
     def forward_and_record(
         self: Any, layer: Any, query: Any, *others: Any, **outputs: Any
     ) -> torch.Tensor:
+        output = forward(self, layer, query, *others, **outputs)
         kv_cache, metadata = others[2], others[3]
         if metadata is not None and metadata.decode is not None:
             recorder.add(self, layer, query, kv_cache, metadata)
-        return forward(self, layer, query, *others, **outputs)
+        return output
 
     EntmaxKVImpl.forward = forward_and_record  # type: ignore[method-assign]
     try:

@@ -37,6 +37,7 @@ def batch(query_lens, prefilling=None, padded=0):
         max_query_len=max(query_lens),
         seq_lens=torch.full((rows,), 20, dtype=torch.int32),
         block_table_tensor=torch.zeros(rows, MAX_PAGES + 5, dtype=torch.int32),
+        slot_mapping=torch.arange(rows if padded else int(starts[-1])),
         is_prefilling=None if prefilling is None else torch.tensor(prefilling),
     )
 
@@ -49,6 +50,7 @@ def test_rows_of_one_token_decode_and_all_after_them_prefill(monkeypatch):
     assert built.prefill.query_start_loc.tolist() == [2, 7, 8, 15]
     assert built.prefill.last_token == 15
     assert len(built.prefill.seq_lens) == len(built.prefill.block_table) == 3
+    assert built.slot_mapping is common.slot_mapping
 
 
 @pytest.mark.parametrize(("lens", "kind"), [([1, 1], "prefill"), ([4, 3], "decode")])

@@ -38,6 +38,7 @@ def decode(
     counters: Tensor | None,
     out: Tensor,
     value_scale: float = 1.0,
+    after_append: bool = False,
 ) -> Tensor:
     """See `entmaxkv_kernels.decode`."""
     seq_lens = seq_lens.long()

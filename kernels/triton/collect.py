@@ -16,12 +16,14 @@ from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and
 from .nearest import list_own
 from .scores import (
     allow_next,
+    await_if,
     await_previous,
     count_pages,
     load_pages,
     load_queries,
     load_rows,
     load_scales,
+    may_be_fresh,
     page_source,
     score_rows,
 )
@@ -35,11 +37,11 @@ PEAK_TOKENS = tl.constexpr(128)
 GUESS_STEPS = tl.constexpr(3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["early"])
 def sample_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
     p_sample,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, store_below,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, store_below, early,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, M: tl.constexpr,
@@ -50,7 +52,7 @@ def sample_kernel(
 
     Rows of at most `store_below` tokens need no guess.
     """
-    await_previous(CHAINED)
+    await_if(early == 0, CHAINED)
     allow_next(CHAINED)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -59,6 +61,8 @@ def sample_kernel(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
         P, WINDOW, LISTED,
     )  # fmt: skip
+    # One program that waits keeps the whole launch from ending before the one before it.
+    await_if(i_m + i_h + i_b == 0, CHAINED)
     if entries * P <= store_below:
         return
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
@@ -69,6 +73,8 @@ def sample_kernel(
     # Single tokens rather than whole pages: the scores inside a page resemble each other.
     o_m = i_m * BN + o_n
     tokens = entries * P - ((n + P - 1) // P * P - n)
+    # The newest are among the last ones, and only they may be what the launch before writes.
+    await_if((i_m + 1) * BN == M, CHAINED)
     o_token = (o_m.to(tl.int64) * (tokens - 1) // (M - 1)).to(tl.int32)
     b_page, b_logical = load_pages(p_pages, o_token // P, first, entries, list_stride, LISTED)
     p_k = p_key + i_h.to(tl.int64) * s_head
@@ -78,23 +84,25 @@ def sample_kernel(
     tl.store(p_s, b_z, mask=(o_g < G)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["early"])
 def guess_kernel(
-    p_listed_count, p_seq_lens, p_alpha, p_sample, p_guess, window, store_below,
+    p_listed_count, p_seq_lens, p_alpha, p_sample, p_guess, window, store_below, early,
     factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Guesses a threshold for one query head, -inf where every score is to be stored."""
-    await_previous(CHAINED)
+    await_if(early == 0, CHAINED)
     allow_next(CHAINED)
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_hq // G
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
     _, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED)
     guess = -float("inf")
-    if entries * P > store_below:
+    long = entries * P > store_below
+    await_if(long | (i_hq + i_b == 0), CHAINED)
+    if long:
         _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
         b_z = tl.load(p_sample + (i_b * HKV * G + i_hq).to(tl.int64) * M + tl.arange(0, M))
         b_peak = tl.max(tl.reshape(b_z, [M // PEAK_TOKENS, PEAK_TOKENS]), 1)  # [M / PEAK_TOKENS]
@@ -115,13 +123,13 @@ def guess_kernel(
     tl.store(p_guess + i_b * HKV * G + i_hq, guess)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["early"])
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
     p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_counters,
     s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
-    scale, factor, exponent, page_stride, exact_below, budget,
+    early, scale, factor, exponent, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, CLASSES: tl.constexpr,
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
@@ -140,7 +148,7 @@ def collect_kernel(
     """
     if not LISTED and not GUESSED:
         # The first launch of a step: what it is given may not be there yet.
-        await_previous(CHAINED)
+        await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
@@ -158,7 +166,7 @@ def collect_kernel(
             page_stride, exact_below, budget, G, P, PAGES, S, BL, PS, PSP, EXACT_ROWS, COUNT,
             CHAINED,
         )  # fmt: skip
-    else:
+    elif LISTED:
         await_previous(CHAINED)
     p_pages, first, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
@@ -168,7 +176,15 @@ def collect_kernel(
     filtered = 0
     if GUESSED:
         filtered = (entries * P > store_below).to(tl.int32)
-        b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_g, other=float("inf"))
+    tiles = (entries + PAGES - 1) // PAGES
+    if not LISTED:
+        # Only who reads the last page needs the launch before, and may read others first.
+        soon = ((tiles - 1) % S == i_s) & (i_s + STAGES * S >= tiles)
+        await_if((early == 0) | (filtered > 0) | may_be_fresh(n, P) | soon, CHAINED)
+    if GUESSED:
+        m_guess = o_g < G * filtered
+        b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_guess, other=-float("inf"))
+        b_guess = tl.where(m_g, b_guess, float("inf"))
     p_k = p_key + i_h.to(tl.int64) * s_head
 
     own = (i_row * S + i_s).to(tl.int64)
@@ -180,13 +196,15 @@ def collect_kernel(
     b_mass = tl.zeros([BN, GP], tl.float32)
     b_moment = tl.zeros([BN, GP], tl.float32)
     count = 0
-    tiles = (entries + PAGES - 1) // PAGES
     # The pages of the next tile are loaded one tile ahead: a load that waits for another one
     # in the same iteration would take the stages of the pipeline.
     b_next, b_next_logical = load_pages(
         p_pages, i_s * PAGES + o_n // P, first, entries, list_stride, LISTED
     )
     for i_t in tl.range(i_s, tiles, S, num_stages=STAGES):
+        if not LISTED:
+            # Before the pipeline asks for the last tile.
+            await_if(i_t == tiles - 1 - STAGES * S, CHAINED)
         b_page, b_logical = b_next, b_next_logical
         b_next, b_next_logical = load_pages(
             p_pages, (i_t + S) * PAGES + o_n // P, first, entries, list_stride, LISTED
@@ -231,3 +249,5 @@ def collect_kernel(
         b_moment = tl.sum(tl.reshape(b_moment, [CLASSES, BN // CLASSES, GP]), 1)
         tl.store(p_mass + o_out, b_mass, mask=m_out)
         tl.store(p_slope + o_out, b_moment, mask=m_out)
+    if not LISTED:
+        await_if(i_s + i_h + i_b == 0, CHAINED)

@@ -46,6 +46,7 @@ def decode(
     counters: Tensor | None,
     out: Tensor,
     value_scale: float = 1.0,
+    after_append: bool = False,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """See `entmaxkv_kernels.decode`; fp8, fp16, bf16 and fp32.
@@ -93,6 +94,7 @@ def decode(
         "page_stride": shape.page_stride,
         "window": sliding_window or 0,
         "exact_below": exact_below,
+        "early": int(after_append),
         "capacity": capacity,
         "limit": shape.near,
         "rows": shape.batch * shape.kv_heads,
@@ -133,6 +135,7 @@ def decode(
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)
+        arguments["early"] = 0
     if softmax:
         _attend_softmax(shape, arguments)
     if isinstance(alpha, Tensor) or alpha > 1:

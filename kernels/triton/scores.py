@@ -20,12 +20,43 @@ NO_PAGE = tl.constexpr(1 << 23)
 def await_previous(CHAINED: tl.constexpr):
     """Waits for the launch before, while which a chained one may have been started.
 
-    Every program of a chained launch does so first, or a launch after it could be ahead of one
-    before it. The first one of a step does so before it reads anything; the others may read what
-    the step is given.
+    Some program of every chained launch does so before it ends, or a launch after it could be ahead
+    of one before it. The first one of a step does so before it reads anything, unless that one is
+    known; the others may read what the step is given.
     """
     if CHAINED:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def await_if(needed, CHAINED: tl.constexpr):
+    """The same where what follows needs the launch before.
+
+    Of a step that follows `append`, what reads only pages that append does not write does not: it
+    is given `early`, and what came before append has ended where that lets others start.
+    """
+    if CHAINED:
+        # Under a predicate: loops with a branch to a wait would not load ahead.
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred %needed;
+                setp.ne.s32 %needed, $1, 0;
+                @%needed griddepcontrol.wait;
+                mov.b32 $0, 0;
+            }""",
+            "=r,r,~{memory}",
+            [needed.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def may_be_fresh(n, P: tl.constexpr):
+    """Whether the page before a sequence's last one may be written by the `append` of this step: in
+    prefix caching by another sequence, whose last page it is. It was full before otherwise."""
+    return n % P == 1
 
 
 @triton.jit

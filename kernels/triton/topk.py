@@ -8,14 +8,14 @@ import triton.language as tl
 
 from .nearest import SAMPLED
 from .pages import load_statistics, ranked_pages
-from .scores import allow_next, await_previous, load_queries, load_scales
+from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
     p_reach, p_page_maximum, p_page_minimum, p_page_sample, p_member_count,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
@@ -27,12 +27,13 @@ def box_kernel(
 
     With k within half_width of center, q.k <= q.center + |q|.half_width.
     """
-    await_previous(CHAINED)
+    await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     if LONG and i_s == 0:
         tl.store(p_member_count + i_row, 0)
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    await_if(may_be_fresh(n, P), CHAINED)
     o_p, o_d, o_g = tl.arange(0, BP), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
     b_scale, b_slope, _ = load_scales(
@@ -73,3 +74,4 @@ def box_kernel(
     o_own = (i_row * G + o_g) * PS + i_s
     tl.store(p_page_maximum + o_own, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_page_minimum + o_own, tl.min(b_minimum, 0), mask=m_g)
+    await_if(i_s + i_h + i_b == 0, CHAINED)

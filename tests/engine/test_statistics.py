@@ -53,15 +53,14 @@ def used(llm, tokenizer):
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
 
-    compared, forward = [], EntmaxKVImpl.forward
+    compared, decode = [], EntmaxKVImpl._decode
 
-    def forward_and_compare(self, layer, query, key, value, kv_cache, metadata, **outputs):
-        if metadata is not None and metadata.decode is not None:
-            compared.append(compare(self.pages(layer, kv_cache), metadata.decode))
-        return forward(self, layer, query, key, value, kv_cache, metadata, **outputs)
+    def compare_and_decode(self, layer, query, pages, rows, *rest):
+        compared.append(compare(pages, rows))
+        decode(self, layer, query, pages, rows, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EntmaxKVImpl, "forward", forward_and_compare)
+        patch.setattr(EntmaxKVImpl, "_decode", compare_and_decode)
         for _ in range(2):
             llm.generate(requests, sampling, use_tqdm=False)
             rng.shuffle(requests)
