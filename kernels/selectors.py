@@ -60,10 +60,10 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class TopK:
-    """The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
+    """The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774).
 
-    The boxes are of 8-bit numbers but hold all keys of their pages: bounds are bounds, a bit looser
-    than those of the keys' extremes.
+    The boxes are of 8-bit numbers, lie around the means and hold all keys of their pages. They are
+    ranked by how high scores are likely to reach in them, and bound them as well.
 
     token_budget: tokens to read besides the last page, which is always read; rounded down to
         whole pages. Below one page only the last page is read.

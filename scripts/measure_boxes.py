@@ -1,8 +1,9 @@
-"""Compare the pages that boxes of 8-bit numbers choose with those that the keys' extremes choose.
+"""Compare the pages that `topk` chooses by its boxes with those that other rules choose.
 
-For keys of several kinds and random queries with the wanted support: the share of the pages within
-the budget that both choose, and the exact entmax weight (alpha 1.5) on tokens of the pages that
-either leaves out. Prints the table of docs/kernels.md.
+For keys of several kinds and random queries with the wanted support: the exact entmax weight (alpha
+1.5) on tokens of the pages that each rule leaves out, with the same budget, and the share of the
+pages that `topk` chooses by boxes that are not rounded to 8 bits, too. Prints the table of
+docs/kernels.md.
 """
 
 import argparse
@@ -11,11 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from entmaxkv_kernels import TopK
-from entmaxkv_kernels.reference.append import box_between
+from entmaxkv_kernels.reference.append import box_around
 from entmaxkv_kernels.reference.candidates import Candidates
 from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
-from entmaxkv_kernels.reference.quest import quest_pages
+from entmaxkv_kernels.reference.quest import choose_pages, page_reaches, quest_bounds
 
 PAGE_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 8, 4, 128
 
@@ -34,6 +34,11 @@ def make_keys(kind: str, tokens: int) -> Tensor:
         key *= torch.where(order < 4, 10.0, 1.0)
     elif kind == "normal, 2 channels 100 times as wide":
         key *= torch.where(order < 2, 100.0, 1.0)
+    elif kind == "heavy-tailed":
+        # Student's t with 3 degrees of freedom, each page with a scale of its own.
+        key /= torch.randn(3, *key.shape).square().mean(0).sqrt()
+        scale = torch.randn(tokens // PAGE_SIZE, KV_HEADS, 1).mul(0.5).exp()
+        key *= scale.repeat_interleave(PAGE_SIZE, 0)
     elif kind == "normal, 4 channels 20 deviations off zero":
         key += torch.where(order < 4, 20 * torch.randn(KV_HEADS, HEAD_SIZE).sign(), 0.0)
     return key.bfloat16().float()
@@ -42,6 +47,7 @@ def make_keys(kind: str, tokens: int) -> Tensor:
 KINDS = (
     "normal",
     "in topics",
+    "heavy-tailed",
     "normal, 4 channels 10 times as wide",
     "normal, 2 channels 100 times as wide",
     "normal, 4 channels 20 deviations off zero",
@@ -60,10 +66,33 @@ def scores_of(key: Tensor, query: Tensor, support: float) -> tuple[Tensor, float
     return z * low, low
 
 
-def best_pages(query: Tensor, center: Tensor, half_width: Tensor, budget: int) -> Tensor:
-    """[pages] bool: those that `topk` chooses, and the last page."""
+DEVIATIONS = 3.4
+"""Of a page's scores that the rule by means and deviations adds to their mean."""
+
+
+def reaches(key: Tensor, query: Tensor) -> dict[str, Tensor]:
+    """What each rule ranks the pages of one KV head by, [GROUP, pages]: key [pages, PAGE_SIZE,
+    HEAD_SIZE], query [GROUP, HEAD_SIZE]."""
+    statistics, scales = box_around(key, torch.ones(PAGE_SIZE, 1, dtype=torch.bool))
+    mean, deviation = key.mean(1), key.std(1, correction=0)
+    low, high = key.amin(1), key.amax(1)
+    box = (statistics * scales[..., None]).unbind(1)
+    ours = candidates_of(query, *box)
+    whole = candidates_of(query, mean, torch.maximum(high - mean, mean - low))
+    quest = candidates_of(query, (low + high) / 2, (high - low) / 2)
+    normal = candidates_of(query, mean, DEVIATIONS * deviation)
+    return {
+        "topk": page_reaches(ours),
+        "not rounded": page_reaches(whole),
+        "by bounds": quest_bounds(ours),
+        "Quest": quest_bounds(quest),
+        f"mean + {DEVIATIONS} deviations": page_reaches(normal),
+    }
+
+
+def candidates_of(query: Tensor, center: Tensor, half_width: Tensor) -> Candidates:
     pages = len(center)
-    candidates = Candidates(
+    return Candidates(
         query=query[None, None],
         statistics=torch.stack((center, half_width))[:, None, None],
         ranked=torch.arange(pages)[None] < pages - 1,
@@ -73,9 +102,14 @@ def best_pages(query: Tensor, center: Tensor, half_width: Tensor, budget: int) -
         alpha=1.5,
         alibi_slopes=None,
     )
-    chosen = quest_pages(candidates, TopK(budget * PAGE_SIZE))[0, 0]
-    chosen[-1] = True
-    return chosen
+
+
+def best_pages(reach: Tensor, budget: int) -> Tensor:
+    """[pages] bool: those that a group chooses by reaches [1, 1, GROUP, pages], and the last."""
+    chosen = choose_pages(
+        reach[..., :-1], torch.ones(1, reach.shape[-1] - 1, dtype=torch.bool), budget
+    )
+    return torch.cat((chosen[0, 0], torch.ones(1, dtype=torch.bool)))
 
 
 def main() -> None:
@@ -86,8 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     budget = int(arguments.share * arguments.tokens) // PAGE_SIZE
-    print("| keys | same pages | weight left out, 8 bits | exact extremes |\n|---|---|---|---|")
-    for kind in KINDS:
+    for i_kind, kind in enumerate(KINDS):
         keys = make_keys(kind, arguments.tokens)
         same, left_out = [], []
         for h in range(KV_HEADS):
@@ -95,19 +128,16 @@ def main() -> None:
             z, length = scores_of(key, query, arguments.support)
             weight = (z - entmax_threshold_sort(z, 1.5)[:, None]).clamp_min(0).square()
             mass = (weight / weight.sum(1, keepdim=True)).unflatten(1, (-1, PAGE_SIZE)).sum(2)
-            pages = key.unflatten(0, (-1, PAGE_SIZE))
-            low, high = pages.amin(1), pages.amax(1)
-            statistics, scales = box_between(low, high)
-            boxes, query = statistics * scales[..., None], query * length
-            chosen = (
-                best_pages(query, boxes[:, 0], boxes[:, 1], budget),
-                best_pages(query, (low + high) / 2, (high - low) / 2, budget),
-            )
+            by_rule = reaches(key.unflatten(0, (-1, PAGE_SIZE)), query * length)
+            chosen = [best_pages(reach, budget) for reach in by_rule.values()]
             same.append(((chosen[0] & chosen[1]).sum() - 1).item() / budget)
             left_out.append([(mass * ~read).sum(1).mean().item() for read in chosen])
-        by_boxes, by_extremes = torch.tensor(left_out).mean(0).tolist()
-        mean, worst = sum(same) / KV_HEADS, min(same)
-        print(f"| {kind} | {mean:.1%} ({worst:.1%}) | {by_boxes:.3f} | {by_extremes:.3f} |")
+        if i_kind == 0:
+            print("| keys", "same pages", *by_rule, sep=" | ", end=" |\n")
+            print("|---" * (2 + len(by_rule)) + "|")
+        shares = f"{sum(same) / KV_HEADS:.1%} ({min(same):.1%})"
+        means = [f"{x:.3f}" for x in torch.tensor(left_out).mean(0).tolist()]
+        print(f"| {kind}", shares, *means, sep=" | ", end=" |\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ STD_FLOOR = 1e-6
 LARGEST = 2.0**126
 """Keys beyond it, as infinite ones are, count as this in a box: its arithmetic stays finite."""
 
+SMALLEST = 2.0**-100
+"""Keys far below it count as 0 in a mean, whose factors are normal numbers then."""
+
 WIDENED = 1 + 2.0**-20
 """A half-width is made so much wider, more than fp32 rounding can make it too narrow."""
 
@@ -61,10 +64,7 @@ def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None
     key = cache.key[touched]  # [pages, kv_heads, page_size, head_size]
     key = key.to(compute_dtype(key.dtype))
     if cache.layout.boxed:
-        valid = valid & ~key.isnan()
-        low = key.masked_fill(~valid, torch.inf).amin(2)
-        high = key.masked_fill(~valid, -torch.inf).amax(2)
-        statistics, cache.scales[touched] = box_between(low, high)
+        statistics, cache.scales[touched] = box_around(key, valid)
     else:
         count = (last + 1)[:, None, None]
         mean = key.masked_fill(~valid, 0).sum(2) / count
@@ -74,17 +74,23 @@ def _refresh_statistics(cache: PagedCache, page: Tensor, offset: Tensor) -> None
     cache.statistics[touched] = statistics.to(cache.statistics.dtype)
 
 
-def box_between(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes of 8-bit numbers that hold all between low and high, [..., head_size] each.
+def box_around(key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes of 8-bit numbers around the means of keys [..., rows, head_size] that hold them.
+
+    valid: [..., rows, 1] bool, the keys that count; a NaN counts as 0 in a mean, and nowhere else.
 
     Returns centers and half-widths, integers [..., 2, head_size], and the scales of both, fp32
-    [..., 2]. Center times scale less half-width times scale is at most low, and their sum at least
-    high, exactly. A channel without a number, low above high, has the box that holds 0 alone.
+    [..., 2]. Every key lies within half-width times scale of center times scale, exactly. A channel
+    without a number has the box that holds 0 alone.
     """
-    low, high = low.clamp(-LARGEST, LARGEST), high.clamp(-LARGEST, LARGEST)
-    middle = (low + high) * 0.5
-    center_scale = _scale_of(middle)
-    center = (middle / center_scale + 0.5).floor()
+    count = valid.sum(-2).to(key.dtype)
+    valid = valid & ~key.isnan()
+    key = key.clamp(-LARGEST, LARGEST)
+    low = key.masked_fill(~valid, torch.inf).amin(-2)
+    high = key.masked_fill(~valid, -torch.inf).amax(-2)
+    mean = _mean(key.masked_fill(~valid, 0), count, torch.maximum(low.abs(), high.abs()))
+    center_scale = _scale_of(mean)
+    center = (mean / center_scale + 0.5).floor()
     middle = center * center_scale
     reach = torch.maximum(high - middle, middle - low).clamp_min(0) * WIDENED
     half_scale = _scale_of(reach)
@@ -92,6 +98,22 @@ def box_between(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     half_width = torch.maximum((reach / half_scale).ceil(), (reach > 0).to(reach.dtype))
     scales = torch.cat((center_scale, half_scale), -1).float()
     return torch.stack((center, half_width), -2), scales
+
+
+def _mean(key: Tensor, count: Tensor, largest: Tensor) -> Tensor:
+    """Mean [..., head_size] of count of the keys [..., rows, head_size], to 16 bits of the largest;
+    the others are 0.
+
+    They are rounded to whole numbers of at most 2 ** 16 first, so that the sum of up to 2 ** 8 of
+    them is exact in fp32, in whatever order they are added up.
+    """
+    exponent = largest.clamp(SMALLEST, LARGEST).float().view(torch.int32) >> 23
+    # Powers of two, by their bits: what the keys are multiplied by, and its reciprocal.
+    more, less = (
+        (x << 23).view(torch.float32).to(key.dtype) for x in (269 - exponent, exponent - 15)
+    )
+    total = (key * more[..., None, :] + 0.5).floor().sum(-2)
+    return total * (1 / count) * less
 
 
 def _scale_of(x: Tensor) -> Tensor:

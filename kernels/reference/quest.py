@@ -1,7 +1,8 @@
-"""The best pages of a fixed budget, by the box bound of Quest (arXiv 2406.10774).
+"""The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774).
 
-Quest bounds the scores of a page from a box around its keys: with k_d within half_width_d of
-center_d, q.k <= q.center + |q|.half_width.
+With k_d within half_width_d of center_d, q.k <= q.center + sum |q_d| half_width_d: a bound. What
+ranks pages is q.center + sqrt(sum (q_d half_width_d) ** 2), how high their scores are likely to
+reach, because hardly a key is at the edge that suits the query in all channels.
 """
 
 import torch
@@ -21,21 +22,36 @@ def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
 
 
-def quest_bounds(candidates: Candidates) -> Tensor:
-    """Upper bound [B, kv_heads, group, P] of the scores z in each page.
+def page_reaches(candidates: Candidates) -> Tensor:
+    """How high the scores z of each page reach, [B, kv_heads, group, P], for their ranking.
 
     ALiBi counts at the page's most favourable position.
     """
     center, half_width = candidates.statistics  # each [B, kv_heads, P, head_size]
     query, slopes = _scaled(candidates)
-    bounds = query @ center.mT + query.abs() @ half_width.mT
-    if slopes is not None:
-        page = torch.arange(center.shape[2], device=query.device)
-        first = page * candidates.page_size - (candidates.seq_lens[:, None] - 1)  # [B, P]
-        first = first[:, None, None].to(bounds.dtype)
-        last = first + candidates.page_size - 1
-        bounds = bounds + torch.maximum(slopes * first, slopes * last)
-    return bounds
+    spread = (query.square() @ half_width.square().mT).sqrt()
+    return query @ center.mT + spread + _most_favourable(candidates, slopes)
+
+
+def quest_bounds(candidates: Candidates) -> Tensor:
+    """Upper bound [B, kv_heads, group, P] of the scores z in each page.
+
+    ALiBi counts at the page's most favourable position.
+    """
+    center, half_width = candidates.statistics
+    query, slopes = _scaled(candidates)
+    spread = query.abs() @ half_width.mT
+    return query @ center.mT + spread + _most_favourable(candidates, slopes)
+
+
+def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | float:
+    """The largest that ALiBi adds to a score in each page, [B, kv_heads, group, P]."""
+    if slopes is None:
+        return 0.0
+    page = torch.arange(candidates.ranked.shape[1], device=slopes.device)
+    first = page * candidates.page_size - (candidates.seq_lens[:, None] - 1)  # [B, P]
+    first = first[:, None, None].to(slopes.dtype)
+    return torch.maximum(slopes * first, slopes * (first + candidates.page_size - 1))
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:
@@ -53,17 +69,22 @@ def sound_bounds(candidates: Candidates) -> Tensor:
 
 
 def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:
-    """Pages [B, kv_heads, P] bool to read: the best `token_budget // page_size` of each row.
+    """Pages [B, kv_heads, P] bool to read: the best `token_budget // page_size` of each row."""
+    budget = selector.token_budget // candidates.page_size
+    return choose_pages(page_reaches(candidates), candidates.ranked, budget)
+
+
+def choose_pages(reaches: Tensor, ranked: Tensor, budget: int) -> Tensor:
+    """The best `budget` pages [B, kv_heads, P] bool of those ranked [B, P], by reaches
+    [B, kv_heads, group, P].
 
     The support of entmax lies within a fixed distance of a head's largest score, so what counts
-    is how far below the head's own best page a page's bound lies. A group ranks a page by the
+    is how far below the head's own best page a page's reach lies. A group ranks a page by the
     head to which it matters most; ties go to the earlier page.
     """
-    ranked = candidates.ranked
-    bounds = quest_bounds(candidates).masked_fill(~ranked[:, None, None], -torch.inf)
-    rank = (bounds - bounds.amax(-1, keepdim=True)).amax(2)  # [B, kv_heads, P]
+    reaches = reaches.masked_fill(~ranked[:, None, None], -torch.inf)
+    rank = (reaches - reaches.amax(-1, keepdim=True)).amax(2)  # [B, kv_heads, P]
     best = rank.argsort(dim=-1, descending=True, stable=True)
-    budget = selector.token_budget // candidates.page_size
     within = torch.arange(rank.shape[-1], device=rank.device) < budget
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     return chosen.scatter_(-1, best, within.expand_as(best)) & ranked[:, None]

@@ -9,13 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pages import FP8, STATISTICS, PagedCache
-from ..reference.append import LARGEST, STD_FLOOR, WIDENED
+from ..reference.append import LARGEST, SMALLEST, STD_FLOOR, WIDENED
 from .scores import allow_next, await_previous
 from .workspace import can_chain, power_of_two
 
 FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
 STD_MIN = tl.constexpr(STD_FLOOR)
 KEY_MAX = tl.constexpr(LARGEST)
+KEY_MIN = tl.constexpr(SMALLEST)
 WIDER = tl.constexpr(WIDENED)
 
 LONG_PROMPT = 1024
@@ -39,14 +40,28 @@ def scale_of(b_x):
 
 
 @triton.jit
-def box_between(b_low, b_high):
-    """Centers and half-widths of a box that holds all between b_low and b_high [DP], and their
-    scales; bit for bit those of the reference."""
-    b_low = tl.minimum(tl.maximum(b_low, -KEY_MAX), KEY_MAX)
-    b_high = tl.minimum(tl.maximum(b_high, -KEY_MAX), KEY_MAX)
-    b_middle = (b_low + b_high) * 0.5
-    center_scale = scale_of(b_middle)
-    b_center = tl.floor(tl.div_rn(b_middle, center_scale) + 0.5)
+def mean_of(b_key, count, b_largest):
+    """Means of `count` keys, the others of b_key [P, DP] being 0; see `reference/append.py`."""
+    b_largest = tl.minimum(tl.maximum(b_largest, KEY_MIN), KEY_MAX)
+    b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
+    b_more = ((269 - b_exponent) << 23).to(tl.float32, bitcast=True)
+    b_less = ((b_exponent - 15) << 23).to(tl.float32, bitcast=True)
+    b_whole = tl.floor(b_key * b_more[None, :] + 0.5)
+    return tl.sum(b_whole, 0) * tl.div_rn(1.0, count) * b_less
+
+
+@triton.jit
+def box_around(b_key, m_key, count):
+    """Centers and half-widths [DP] of a box around the means of the `count` keys of b_key [P, DP]
+    that m_key names, which holds them, and their scales; bit for bit those of the reference."""
+    m_key &= b_key == b_key
+    b_key = tl.minimum(tl.maximum(b_key, -KEY_MAX), KEY_MAX)
+    b_low = tl.min(tl.where(m_key, b_key, float("inf")), 0)
+    b_high = tl.max(tl.where(m_key, b_key, -float("inf")), 0)
+    b_largest = tl.maximum(tl.abs(b_low), tl.abs(b_high))
+    b_mean = mean_of(tl.where(m_key, b_key, 0.0), count, b_largest)
+    center_scale = scale_of(b_mean)
+    b_center = tl.floor(tl.div_rn(b_mean, center_scale) + 0.5)
     b_middle = b_center * center_scale
     b_reach = tl.maximum(tl.maximum(b_high - b_middle, b_middle - b_low), 0.0) * WIDER
     half_scale = scale_of(b_reach)
@@ -91,17 +106,14 @@ def write_page(
         b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
         statistics = (slot // P) * s_statistics_page + i_h * s_statistics_head
+        count = (last + 1).to(tl.float32)
         if STATISTICS == 1:
-            count = (last + 1).to(tl.float32)
             b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
             b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
             variance = tl.sum(b_deviation * b_deviation, 0) / count
             b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
         else:
-            m_row &= b_key == b_key
-            b_low = tl.min(tl.where(m_row, b_key, float("inf")), 0)
-            b_high = tl.max(tl.where(m_row, b_key, -float("inf")), 0)
-            b_first, b_second, first_scale, second_scale = box_between(b_low, b_high)
+            b_first, b_second, first_scale, second_scale = box_around(b_key, m_row, count)
             # Strides of the scales, of four bytes, are not given: the statistics are of one.
             tl.store(p_scales + statistics // 4, first_scale)
             tl.store(p_scales + statistics // 4 + 1, second_scale)

@@ -1,4 +1,4 @@
-"""Quest's upper bounds of the scores of pages (arXiv 2406.10774), by which `topk` ranks them."""
+"""How high the scores of pages reach, by boxes around their keys; `topk` ranks them by it."""
 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
@@ -9,6 +9,62 @@ import triton.language as tl
 from .nearest import SAMPLED
 from .pages import load_statistics, ranked_pages
 from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
+
+
+@triton.jit
+def widen(b_small):
+    """8-bit numbers of at least 0 in bf16, by a third of what the compiler takes for it.
+
+    Their bits below 0x43 are in bf16 the numbers and 128.
+    """
+    return (
+        tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0x43, 0x4140; prmt.b32 $1, $2, 0x43, 0x4342;",
+            "=r,=r,r",
+            [b_small],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+        - 128.0
+    )
+
+
+@triton.jit
+def squares_of(b_q):
+    """Squares of queries [DP, GP], fp32, or as sums of two columns of [DP, 2 * GP] that matrix
+    products take as they are.
+
+    Squares of fp16 have more range than it, and more digits than two of bf16: they are tf32.
+    """
+    b_square = b_q.to(tl.float32) * b_q.to(tl.float32)
+    if b_q.dtype == tl.float32:
+        return b_square
+    else:
+        kept = -0x10000 if b_q.dtype == tl.bfloat16 else -0x2000
+        b_high = (b_square.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True)
+        b_both = tl.permute(tl.join(b_high, b_square - b_high), (0, 2, 1))
+        b_both = tl.reshape(b_both, [b_q.shape[0], 2 * b_q.shape[1]])
+        return b_both.to(tl.bfloat16) if b_q.dtype == tl.bfloat16 else b_both
+
+
+@triton.jit
+def sum_squares(b_half, b_squares, dtype: tl.constexpr):
+    """Sums over the channels of squares of half-widths [BP, DP] times those of queries of a dtype,
+    [BP, GP]; the products are exact, as squares of 7 bits are split in two of 7 bits, too."""
+    if dtype == tl.float32:
+        b_half = b_half.to(tl.float32)
+        return tl.dot(b_half * b_half, b_squares, input_precision="ieee")
+    else:
+        if dtype == tl.bfloat16:
+            b_half = widen(b_half)
+            b_high = b_half * b_half
+            b_low = tl.fma(b_half, b_half, -b_high)
+        else:
+            b_square = b_half.to(tl.int32) * b_half.to(tl.int32)
+            b_high, b_low = (b_square & -128).to(tl.float32), (b_square & 127).to(tl.float32)
+        b_sum = tl.dot(b_low, b_squares, tl.dot(b_high, b_squares))
+        return tl.sum(tl.reshape(b_sum, [b_sum.shape[0], 2, b_sum.shape[1] // 2]), 1)
 
 
 @triton.jit(do_not_specialize=["early"])
@@ -22,11 +78,8 @@ def box_kernel(
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     STEP: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Quest's upper bounds of the scores z of pages, per query head, and the largest and the least
-    of a split; of long rows also the sampled ones side by side.
-
-    With k within half_width of center, q.k <= q.center + |q|.half_width.
-    """
+    """How high the scores z of pages reach, per query head, and the largest and the least of a
+    split; of long rows also the sampled ones side by side. See `reference/quest.py`."""
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -40,7 +93,7 @@ def box_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
-    b_size = tl.abs(b_q)
+    b_squares = squares_of(b_q)
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
     p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
@@ -55,21 +108,21 @@ def box_kernel(
         b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
         o_scale = b_page.to(tl.int64) * (s_page // 4)
         b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
-        b_bound = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
-        b_width = tl.dot(b_half.to(b_q.dtype), b_size, input_precision="ieee")
-        b_bound = b_bound * b_center_scale[:, None] + b_width * b_half_scale[:, None]
-        b_bound *= b_scale[None, :]  # [BP, GP]
+        b_reach = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
+        b_spread = tl.sqrt(sum_squares(b_half, b_squares, b_q.dtype))
+        b_reach = b_reach * b_center_scale[:, None] + b_spread * b_half_scale[:, None]
+        b_reach *= b_scale[None, :]  # [BP, GP]
         if ALIBI:
             o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]
-            b_bound += tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
+            b_reach += tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
         m_page = (o_page < ranked)[:, None]
-        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_bound, -float("inf")))
-        b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_bound, float("inf")))
-        tl.store(p_r + o_page[:, None], b_bound, mask=m_g[None, :] & m_page)
+        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
+        b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
+        tl.store(p_r + o_page[:, None], b_reach, mask=m_g[None, :] & m_page)
         if LONG:
             o_sample = (i_row * G + o_g)[None, :] * SAMPLED + (o_page // STEP)[:, None]
             m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
-            tl.store(p_page_sample + o_sample, b_bound, mask=m_sample)
+            tl.store(p_page_sample + o_sample, b_reach, mask=m_sample)
     allow_next(CHAINED)
     o_own = (i_row * G + o_g) * PS + i_s
     tl.store(p_page_maximum + o_own, tl.max(b_maximum, 0), mask=m_g)

@@ -24,16 +24,21 @@ def expected_moments(key):
 
 
 def assert_box(kept, key):
-    """The box [kv_heads, 2, head_size] holds the keys [tokens, kv_heads, head_size], exactly, and
-    is no wider than 8 bits make it."""
+    """The box [kv_heads, 2, head_size] holds the keys [tokens, kv_heads, head_size], exactly, lies
+    around their mean, and is no wider than 8 bits make it."""
     low, high = key.double().amin(0), key.double().amax(0)
     for center, half, least, most in zip(
         *(x.flatten().tolist() for x in (*kept.unbind(1), low, high)), strict=True
     ):
         assert Fraction(center) - Fraction(half) <= least
         assert Fraction(center) + Fraction(half) >= most
-    step = ((low + high) / 2).abs().amax(-1, keepdim=True) / 127
-    reach = (high - low) / 2 + step / 2
+    mean = key.double().mean(0)
+    # The mean is of numbers rounded to 16 bits, and rounded to 8 itself.
+    rounding = torch.maximum(low.abs(), high.abs()) * 2.0**-15
+    step = (mean.abs() + rounding).amax(-1, keepdim=True) / 127
+    off = (0.5 + 1e-4) * step + rounding + 1e-35
+    assert ((kept[:, 0] - mean).abs() <= off).all()
+    reach = torch.maximum(high - mean, mean - low) + off
     widest = reach + reach.amax(-1, keepdim=True) / 127
     assert (kept[:, 1] <= (1 + 1e-4) * widest + 1e-42).all()
 

@@ -1,11 +1,13 @@
-"""The page bound of Quest, and the ranking of a group's pages by it."""
+"""The page bound of Quest, how high a page reaches, and the ranking of a group's pages by it."""
+
+import math
 
 import pytest
 import torch
 
 from entmaxkv_kernels import TopK
 from entmaxkv_kernels.pages import BOX
-from entmaxkv_kernels.reference.quest import quest_bounds, quest_pages
+from entmaxkv_kernels.reference.quest import page_reaches, quest_bounds, quest_pages
 
 from .golden import KEY, QUERY, SCALE, golden_cache, golden_candidates
 from .scene import make_scene
@@ -15,30 +17,49 @@ KNOWN = [1.5225, 1.6691, 2.0792, 2.6696, 3.3192, 3.8909, 4.2575, 4.3252, 4.0510,
 ORDER = [7, 6, 8, 5, 9, 4, 3, 2, 1, 0]
 
 
-def extreme_bounds():
-    """Bounds by the exact extremes of the keys of the golden context."""
+def exact_boxes(*, around_mean):
+    """The golden context with boxes by the exact extremes of its keys, around their middle or their
+    mean."""
     pages = KEY[:160, 0].view(10, 16, 8)
     low, high = pages.amin(1), pages.amax(1)
-    statistics = torch.stack(((low + high) / 2, (high - low) / 2))[:, None, None]
+    center = pages.mean(1) if around_mean else (low + high) / 2
+    statistics = torch.stack((center, torch.maximum(high - center, center - low)))[:, None, None]
     ranked = torch.ones(1, 10, dtype=torch.bool)
-    return quest_bounds(golden_candidates()._replace(statistics=statistics, ranked=ranked))[0, 0, 0]
+    return golden_candidates()._replace(statistics=statistics, ranked=ranked)
 
 
 def test_the_bounds_of_the_paper_have_their_known_values():
-    bounds = extreme_bounds()
+    bounds = quest_bounds(exact_boxes(around_mean=False))[0, 0, 0]
     assert bounds.tolist() == pytest.approx(KNOWN, abs=6e-5)
     assert bounds.argsort(descending=True).tolist() == ORDER
 
 
-def test_boxes_of_8_bits_loosen_the_bounds_of_the_paper_by_their_steps_at_most():
+def test_boxes_of_8_bits_loosen_the_bounds_of_exact_ones_by_their_steps_at_most():
     bounds = quest_bounds(golden_candidates(BOX))[0, 0, 0, :10]
     scales = golden_cache(BOX)[0].scales[:10, 0].double()
     # A center is off by half a step, for which the half-width makes room, and is rounded up.
     steps = scales[:, 0] + scales[:, 1] * (1 + 1e-4)
-    looser = bounds - extreme_bounds()
-    assert (looser >= 0).all()
+    looser = bounds - quest_bounds(exact_boxes(around_mean=True))[0, 0, 0]
     assert (looser <= QUERY.abs().sum() * SCALE * 0.5 * steps).all()
+    # An edge that was the farther one from the mean may be so by less from the rounded center.
+    assert (looser >= -QUERY.abs().sum() * SCALE * 0.5 * scales[:, 0]).all()
     assert bounds.argsort(descending=True).tolist() == ORDER
+
+
+def test_a_page_reaches_above_its_center_by_the_norm_of_its_half_widths_times_the_query():
+    candidates = exact_boxes(around_mean=True)
+    query = 0.5 * SCALE * QUERY[0, 0]
+    reaches = page_reaches(candidates)[0, 0, 0]
+    for page, (center, half_width) in enumerate(zip(*candidates.statistics[:, 0, 0], strict=True)):
+        spread = math.sqrt(sum((q * h) ** 2 for q, h in zip(query, half_width, strict=True)))
+        assert reaches[page].item() == pytest.approx(float(query @ center) + spread, abs=1e-12)
+
+
+def test_no_page_reaches_higher_than_its_bound():
+    scene = make_scene([330], group=3, statistics=BOX, spread=3)
+    candidates = candidates_of(scene, 1.5, torch.tensor([1.0, 0.1, 0.0, -0.2, -1.0, 0.01]))
+    lower = quest_bounds(candidates) - page_reaches(candidates)
+    assert (lower[..., :20] > 0).all()
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 0), (15, 0), (16, 1), (64, 4), (79, 4), (160, 10)])
@@ -65,15 +86,16 @@ def test_no_score_of_a_page_exceeds_its_bound(alpha, alibi, seed):
             assert (largest <= bounds[b, :, page] + 1e-12).all()
 
 
-def test_alibi_counts_at_the_most_favourable_position_of_a_page():
+@pytest.mark.parametrize("measure", [page_reaches, quest_bounds])
+def test_alibi_counts_at_the_most_favourable_position_of_a_page(measure):
     slopes = torch.tensor([0.05])
-    without = quest_bounds(golden_candidates(BOX))
+    without = measure(golden_candidates(BOX))
     first = torch.arange(11) * 16.0 - 160
-    rising = quest_bounds(golden_candidates(BOX, alibi_slopes=slopes))
+    rising = measure(golden_candidates(BOX, alibi_slopes=slopes))
     assert (rising - without)[0, 0, 0, :10].tolist() == pytest.approx(
         (0.5 * 0.05 * (first + 15))[:10].tolist(), abs=1e-6
     )
-    falling = quest_bounds(golden_candidates(BOX, alibi_slopes=-slopes))
+    falling = measure(golden_candidates(BOX, alibi_slopes=-slopes))
     assert (falling - without)[0, 0, 0, :10].tolist() == pytest.approx(
         (-0.5 * 0.05 * first)[:10].tolist(), abs=1e-6
     )
@@ -84,14 +106,14 @@ def test_a_group_ranks_a_page_by_the_head_it_matters_most_to():
     # One head with scores far above the others', which it must not silence.
     scene.query[0][-1, 0] *= 20
     candidates = candidates_of(scene, 1.5)
-    bounds = quest_bounds(candidates)[0, :, :, :20]
-    rank = (bounds - bounds.amax(-1, keepdim=True)).amax(1)
+    reaches = page_reaches(candidates)[0, :, :, :20]
+    rank = (reaches - reaches.amax(-1, keepdim=True)).amax(1)
     chosen = quest_pages(candidates, TopK(5 * 16))[0, :, :20]
     for head in range(2):
         assert set(chosen[head].nonzero().flatten().tolist()) == set(
             rank[head].topk(5).indices.tolist()
         )
-    best = bounds.argmax(-1)  # [kv_heads, group]: each head's own best page is among them
+    best = reaches.argmax(-1)  # [kv_heads, group]: each head's own best page is among them
     assert chosen.gather(1, best).all()
 
 
