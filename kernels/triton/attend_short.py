@@ -10,7 +10,7 @@ from .attend import load_near, solve_held, store_head, sum_values
 from .counters import count_step
 from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
-from .scores import await_previous, page_source
+from .scores import await_previous, page_source, prefetch
 
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
@@ -70,6 +70,10 @@ def attend_short_kernel(
     # exact near it, where the threshold may lie closer than the scores' own precision.
     b_z -= tl.where(peak > -float("inf"), peak, 0.0)
     tau = solve_held(b_z, -1.0, b, ORDER)
+    p_value += i_h.to(tl.int64) * s_head
+    # Values come while their slots are packed.
+    o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))
+    prefetch(p_value + o_value, b_z > tau, CHAINED)
 
     p_near_score += (i_head * FP).to(tl.int64) * limit
     p_near_slot += (i_head * FP).to(tl.int64) * limit
@@ -82,7 +86,6 @@ def attend_short_kernel(
     o_f = o_v * 0
     b_first = load_near(p_near_score, kept, o_f, o_v, limit, -float("inf"))
     b_first_slot = load_near(p_near_slot, kept, o_f, o_v, limit, 0)
-    p_value += i_h.to(tl.int64) * s_head
     b_acc, total, support = sum_values(
         p_value, p_near_score, p_near_slot, b_first, b_first_slot, kept, o_f, o_v, o_d, kept, limit,
         tau, b, s_page, D, P, BV, ORDER,

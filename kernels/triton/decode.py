@@ -23,7 +23,7 @@ from .workspace import Shape, budget_of, can_chain, power_of_two, processors
 
 NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
-        *("p_listed", "p_listed_count", "p_reach", "p_page_maximum", "p_page_minimum"),
+        *("p_listed", "p_listed_count", "p_reach", "p_page_extreme"),
         *("budget", "BL", "PS", "PSP"),
     )
 )
@@ -106,6 +106,7 @@ def decode(
         "HKV": shape.kv_heads,
         "G": shape.group,
         "GP": shape.padded_group,
+        "GW": shape.group_width,
         "D": shape.head_size,
         "DP": shape.padded_head_size,
         "P": shape.page_size,

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .pages import (
     NEVER,
-    WARP,
     count_read,
     list_last,
     list_rest,
@@ -36,48 +35,45 @@ DEVIATIONS = tl.constexpr(4.0)
 
 
 @triton.jit
-def row_scale(
-    p_page_maximum, p_page_minimum, i_row,
-    G: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-):  # fmt: skip
-    """The best bound of each query head, a tuple, and steps per unit of the scores.
+def load_reach(p_reach, o_page, count, G: tl.constexpr, GW: tl.constexpr):
+    """How high the scores of pages reach for each head of a group, [BL, GW]; 0 from page `count`.
 
-    The splits' values are read a warp's width at a time, which every warp reduces by itself.
+    p_reach: [pages, GW].
     """
-    o_s = tl.arange(0, WARP)
-    peaks = ()
-    width = 0.0
-    for i_g in tl.static_range(G):
-        b_peak = tl.full([WARP], -float("inf"), tl.float32)
-        b_least = tl.full([WARP], float("inf"), tl.float32)
-        for i_s in tl.static_range(0, PSP, WARP):
-            o_own = (i_row * G + i_g) * PS + i_s + o_s
-            m_own = i_s + o_s < PS
-            b_new = tl.load(p_page_maximum + o_own, mask=m_own, other=-float("inf"))
-            b_peak = tl.maximum(b_peak, b_new)
-            b_new = tl.load(p_page_minimum + o_own, mask=m_own, other=float("inf"))
-            b_least = tl.minimum(b_least, b_new)
-        peak = tl.max(b_peak, 0)
-        peaks += (peak,)  # type: ignore[assignment]
-        width = tl.maximum(width, peak - tl.min(b_least, 0))
-    return peaks, tl.where(width > 0.0, STEPS / width, 0.0)
+    o_g = tl.arange(0, GW)
+    mask = (o_page < count)[:, None] & (o_g < G)[None, :]
+    return tl.load(p_reach + o_page[:, None] * GW + o_g[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def measure(p_bounds, o_page, count, head_stride, peaks, steps, G: tl.constexpr):
-    """How far below a head's best page each page lies, for the head to which it matters most;
-    NEVER from page `count` on.
+def load_extremes(
+    p_page_extreme, i_row, G: tl.constexpr, GW: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr
+):
+    """The largest and the negated least reach of each head of a group in each split,
+    [PSP, 2 * GW]."""
+    o_s, o_e = tl.arange(0, PSP), tl.arange(0, 2 * GW)
+    mask = (o_s < PS)[:, None] & (o_e < 2 * G)[None, :]
+    p_e = p_page_extreme + i_row * (PS * 2 * GW) + o_s[:, None] * (2 * GW) + o_e[None, :]
+    return tl.load(p_e, mask=mask, other=-float("inf"))
 
-    p_bounds: [G, head_stride], the bounds of a row's pages.
-    """
-    m_page = o_page < count
-    b_distance = tl.full([o_page.shape[0]], float("inf"), tl.float32)
-    for i_g in tl.static_range(G):
-        b_bound = tl.load(p_bounds + i_g * head_stride + o_page, mask=m_page, other=0.0)
-        b_distance = tl.minimum(b_distance, peaks[i_g] - b_bound)
+
+@triton.jit
+def row_scale(b_extreme, GW: tl.constexpr):
+    """The highest reach of each query head [GW], and steps per unit of the scores."""
+    b_peak, b_least = tl.split(tl.reshape(tl.max(b_extreme, 0), [GW, 2]))
+    width = tl.max(b_peak + b_least, 0)
+    return b_peak, tl.where(width > 0.0, STEPS / width, 0.0)
+
+
+@triton.jit
+def measure(b_reach, b_peak, steps, o_page, count, G: tl.constexpr):
+    """How far below a head's best page each page lies [BL], for the head to which it matters most;
+    NEVER from page `count` on."""
+    m_g = (tl.arange(0, b_reach.shape[1]) < G)[None, :]
+    b_distance = tl.min(tl.where(m_g, b_peak[None, :] - b_reach, float("inf")), 1)
     # Also what is no number is far.
     b_steps = tl.minimum(b_distance * steps, STEPS * 1.0 - 1.0)
-    return tl.where(m_page, b_steps.to(tl.int32), NEVER)
+    return tl.where(o_page < count, b_steps.to(tl.int32), NEVER)
 
 
 @triton.jit
@@ -151,14 +147,16 @@ def find_in_row(p_distance, ranked, wanted, BL: tl.constexpr):
 
 
 @triton.jit
-def place_nearest(b_distance, found, ties, before, tied_before, BL: tl.constexpr):
+def place_nearest(
+    b_distance, found, ties, before, tied_before, BL: tl.constexpr, ON_GPU: tl.constexpr
+):
     """Places in the list, NEVER of the others, of those of BL neighbouring pages that are nearer
     than `found`, and of a row's pages that are as near of the earliest `ties`.
 
     before, tied_before: how many of either kind come before these.
     """
     m_nearer, m_tied = b_distance < found, b_distance == found
-    b_nearer, b_tied, _, _ = places(m_nearer, m_tied, BL)
+    b_nearer, b_tied, _, _ = places(m_nearer, m_tied, BL, ON_GPU)
     b_tied += tied_before
     m_chosen = m_nearer | (m_tied & (b_tied < ties))
     return tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
@@ -166,29 +164,34 @@ def place_nearest(b_distance, found, ties, before, tied_before, BL: tl.constexpr
 
 @triton.jit
 def place_in_row(
-    p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
-    G: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    p_reach, p_page_extreme, i_row, o_page, ranked, pages, page_stride, budget,
+    G: tl.constexpr, GW: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Places in the list of the pages of a row of at most BL pages but the last one: the `budget`
     nearest ones have one, of pages as near the earlier; all have, if the row is read whole."""
     b_place = tl.where(o_page < pages, o_page, NEVER)
     if ranked > 0:
-        peaks, steps = row_scale(p_page_maximum, p_page_minimum, i_row, G, PS, PSP)
-        p_r = p_reach + (i_row * G).to(tl.int64) * page_stride
-        b_distance = measure(p_r, o_page, ranked, page_stride, peaks, steps, G)
+        p_r = p_reach + i_row.to(tl.int64) * page_stride * GW
+        b_reach = load_reach(p_r, o_page, ranked, G, GW)
+        b_extreme = load_extremes(p_page_extreme, i_row, G, GW, PS, PSP)
+        # Loads are moved to where they are needed, but not past this: they go out together.
+        tl.debug_barrier()
+        b_peak, steps = row_scale(b_extreme, GW)
+        b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
         found, nearer = find(b_distance, 0, STEPS, ranked, budget, 0)
-        b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL)
+        b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, ON_GPU)
     return b_place
 
 
 @triton.jit
 def list_own(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_listed,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
     p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride, page_stride,
     exact_below, budget,
-    G: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr,
+    BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row that split i_s reads, in
     their order: of S splits every S-th PAGES.
@@ -202,8 +205,8 @@ def list_own(
     b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
     await_previous(CHAINED)
     b_place = place_in_row(
-        p_reach, p_page_maximum, p_page_minimum, i_row, o_page, ranked, pages, page_stride, budget,
-        G, BL, PS, PSP,
+        p_reach, p_page_extreme, i_row, o_page, ranked, pages, page_stride, budget,
+        G, GW, BL, PS, PSP, CHAINED,
     )  # fmt: skip
     m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
@@ -219,30 +222,31 @@ def list_own(
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def choose_kernel(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme,
     p_listed, p_listed_count, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr,
-    PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one short row in their order."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     list_own(
-        p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_listed,
+        p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
         p_listed_count, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table, list_stride,
-        page_stride, exact_below, budget, G, P, 1, 1, BL, PS, PSP, EXACT_ROWS, COUNT, CHAINED,
+        page_stride, exact_below, budget, G, GW, P, 1, 1, BL, PS, PSP, EXACT_ROWS, COUNT, CHAINED,
     )  # fmt: skip
     allow_next(CHAINED)
 
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def distance_kernel(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum, p_page_sample,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_page_sample,
     p_distance, p_tile_count, p_bracket, p_members, p_member_count, p_listed, p_listed_count,
     p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
-    BM: tl.constexpr, ALONE: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
+    NT: tl.constexpr, BM: tl.constexpr, ALONE: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
     STEP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The distances of one tile of a long row's pages; counts those before where the sample has
@@ -258,9 +262,9 @@ def distance_kernel(
     short = (n + P - 1) // P <= ALONE
     if short & (i_t == 0):
         list_own(
-            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_maximum, p_page_minimum,
+            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme,
             p_listed, p_listed_count, p_counters, i_b, i_h, i_row, 0, s_block_table, list_stride,
-            page_stride, exact_below, budget, G, P, 1, 1, ALONE, PS, PSP, EXACT_ROWS, COUNT,
+            page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, PS, PSP, EXACT_ROWS, COUNT,
             CHAINED,
         )  # fmt: skip
     else:
@@ -268,14 +272,16 @@ def distance_kernel(
     allow_next(CHAINED)
     if short | (i_t * BL >= ranked):
         return
-    peaks, steps = row_scale(p_page_maximum, p_page_minimum, i_row, G, PS, PSP)
     o_page, o_sample = i_t * BL + tl.arange(0, BL), tl.arange(0, SAMPLED)
     samples = (ranked + STEP - 1) // STEP
-    b_sample = measure(
-        p_page_sample + i_row * G * SAMPLED, o_sample, samples, SAMPLED, peaks, steps, G
-    )
-    p_r = p_reach + (i_row * G).to(tl.int64) * page_stride
-    b_distance = measure(p_r, o_page, ranked, page_stride, peaks, steps, G)
+    p_r = p_reach + i_row.to(tl.int64) * page_stride * GW
+    b_sample = load_reach(p_page_sample + i_row * SAMPLED * GW, o_sample, samples, G, GW)
+    b_reach = load_reach(p_r, o_page, ranked, G, GW)
+    b_extreme = load_extremes(p_page_extreme, i_row, G, GW, PS, PSP)
+    tl.debug_barrier()
+    b_peak, steps = row_scale(b_extreme, GW)
+    b_sample = measure(b_sample, b_peak, steps, o_sample, samples, G)
+    b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
     tl.store(
         p_distance + i_row.to(tl.int64) * page_stride + o_page, b_distance, mask=o_page < ranked
     )
@@ -291,7 +297,7 @@ def distance_kernel(
     # Where no distance has the wanted number of samples below it, the next one has more.
     high += 1
     m_before, m_member = b_distance < low, (b_distance >= low) & (b_distance < high)
-    b_place, _, members, _ = places(m_member, m_member, BL)
+    b_place, _, members, _ = places(m_member, m_member, BL, CHAINED)
     tl.store(p_tile_count + i_row * NT + i_t, tl.sum(m_before.to(tl.int32), 0))
     if i_t == 0:
         tl.store(p_bracket + 2 * i_row, low)
@@ -356,7 +362,7 @@ def list_nearest_kernel(
             found, nearer = find_in_row(p_d, ranked, budget, BL)
             ties = budget - nearer
             before, tied_before = count_tiles(p_d, found, first, BL)
-        b_place = place_nearest(b_distance, found, ties, before, tied_before, BL)
+        b_place = place_nearest(b_distance, found, ties, before, tied_before, BL, CHAINED)
     elif ranked > 0:
         b_place = tl.full([BL], NEVER, tl.int32)
     store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)

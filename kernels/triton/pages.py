@@ -19,8 +19,8 @@ PAGES_READ = tl.constexpr(int(Counter.PAGES_READ))
 
 # The distance of a page that is not to be read.
 NEVER = tl.constexpr(1 << 30)
-# Pages whose places are counted together, as rows of one warp's width: a scan along a row needs no
-# other warp.
+# Pages whose places are counted together, as bits of a word: those of a warp's width, for whose sum
+# there is an instruction.
 WARP = tl.constexpr(32)
 
 
@@ -49,13 +49,33 @@ def load_statistics(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
 
 
 @triton.jit
-def places(m_nearer, m_tied, BL: tl.constexpr):
+def count_bits(b_word, ON_GPU: tl.constexpr):
+    """How many bits of a word are set."""
+    if ON_GPU:
+        return tl.inline_asm_elementwise(
+            "popc.b32 $0, $1;", "=r,r", [b_word], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        b_word = b_word.to(tl.uint32, bitcast=True)
+        b_word -= (b_word >> 1) & 0x55555555
+        b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+        b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+        b_word += b_word >> 8
+        return ((b_word + (b_word >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def places(m_nearer, m_tied, BL: tl.constexpr, ON_GPU: tl.constexpr):
     """How many nearer and tied pages lie before each page [BL], and how many there are in all."""
+    b_bit = (1 << tl.arange(0, WARP))[None, :]
+    b_nearer = tl.reshape(m_nearer.to(tl.int32), [BL // WARP, WARP]) * b_bit
+    b_tied = tl.reshape(m_tied.to(tl.int32), [BL // WARP, WARP]) * b_bit
+    b_nearer, b_tied = tl.sum(b_nearer, 1), tl.sum(b_tied, 1)
     # Both counts are at most BL <= 2048, so one scan serves both.
-    b_both = tl.reshape(m_nearer.to(tl.int32) + (m_tied.to(tl.int32) << 16), [BL // WARP, WARP])
-    b_row = tl.sum(b_both, 1)
-    b_before = (tl.cumsum(b_row, 0) - b_row)[:, None] + tl.cumsum(b_both, 1) - b_both
-    b_before = tl.reshape(b_before, [BL])
+    b_row = count_bits(b_nearer, ON_GPU) + (count_bits(b_tied, ON_GPU) << 16)
+    b_before = count_bits(b_nearer[:, None] & (b_bit - 1), ON_GPU)
+    b_before += count_bits(b_tied[:, None] & (b_bit - 1), ON_GPU) << 16
+    b_before = tl.reshape((tl.cumsum(b_row, 0) - b_row)[:, None] + b_before, [BL])
     both = tl.sum(b_row, 0)
     return b_before & 0xFFFF, b_before >> 16, both & 0xFFFF, both >> 16
 
@@ -136,7 +156,7 @@ def list_kernel(
         chosen = tl.sum(b_count, 0)
         p_d = p_distance + i_row.to(tl.int64) * page_stride
         m_place = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER) == 0
-        b_place, _, _, _ = places(m_place, m_place, BL)
+        b_place, _, _, _ = places(m_place, m_place, BL, CHAINED)
         b_place += tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
     elif ranked > 0:
         m_place = o_page < 0

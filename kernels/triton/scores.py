@@ -60,6 +60,26 @@ def may_be_fresh(n, P: tl.constexpr):
 
 
 @triton.jit
+def prefetch(p_row, m_row, CHAINED: tl.constexpr):
+    """Asks for the lines of the pointers that m_row names to come into the L2 cache; on GPUs that
+    chain launches."""
+    if CHAINED:
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred %wanted;
+                setp.ne.s32 %wanted, $2, 0;
+                @%wanted prefetch.global.L2 [$1];
+                mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [p_row.to(tl.int64), m_row.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def allow_next(CHAINED: tl.constexpr):
     """Lets a chained launch after this one start."""
     if CHAINED:

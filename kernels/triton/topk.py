@@ -31,55 +31,38 @@ def widen(b_small):
 
 
 @triton.jit
-def squares_of(b_q):
-    """Squares of queries [DP, GP], fp32, or as sums of two columns of [DP, 2 * GP] that matrix
-    products take as they are.
-
-    Squares of fp16 have more range than it, and more digits than two of bf16: they are tf32.
-    """
+def sum_squares(b_half, b_q):
+    """Sums over the channels of squares of half-widths [BP, DP] times those of queries [DP, GP],
+    [BP, GP]. For 16-bit queries squares are rounded to as many bits: a product is off by at most
+    0.4%, and the root of their sum by half of that."""
     b_square = b_q.to(tl.float32) * b_q.to(tl.float32)
-    if b_q.dtype == tl.float32:
-        return b_square
+    if b_q.dtype == tl.bfloat16:
+        b_half = widen(b_half)
+        return tl.dot(b_half * b_half, b_square.to(tl.bfloat16))
     else:
-        kept = -0x10000 if b_q.dtype == tl.bfloat16 else -0x2000
-        b_high = (b_square.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True)
-        b_both = tl.permute(tl.join(b_high, b_square - b_high), (0, 2, 1))
-        b_both = tl.reshape(b_both, [b_q.shape[0], 2 * b_q.shape[1]])
-        return b_both.to(tl.bfloat16) if b_q.dtype == tl.bfloat16 else b_both
-
-
-@triton.jit
-def sum_squares(b_half, b_squares, dtype: tl.constexpr):
-    """Sums over the channels of squares of half-widths [BP, DP] times those of queries of a dtype,
-    [BP, GP]; the products are exact, as squares of 7 bits are split in two of 7 bits, too."""
-    if dtype == tl.float32:
+        # The squares of fp16 have more range than it.
+        precision: tl.constexpr = "ieee" if b_q.dtype == tl.float32 else "tf32"
         b_half = b_half.to(tl.float32)
-        return tl.dot(b_half * b_half, b_squares, input_precision="ieee")
-    else:
-        if dtype == tl.bfloat16:
-            b_half = widen(b_half)
-            b_high = b_half * b_half
-            b_low = tl.fma(b_half, b_half, -b_high)
-        else:
-            b_square = b_half.to(tl.int32) * b_half.to(tl.int32)
-            b_high, b_low = (b_square & -128).to(tl.float32), (b_square & 127).to(tl.float32)
-        b_sum = tl.dot(b_low, b_squares, tl.dot(b_high, b_squares))
-        return tl.sum(tl.reshape(b_sum, [b_sum.shape[0], 2, b_sum.shape[1] // 2]), 1)
+        return tl.dot(b_half * b_half, b_square, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_page_maximum, p_page_minimum, p_page_sample, p_member_count,
+    p_reach, p_page_extreme, p_page_sample, p_member_count,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     STEP: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
-    split; of long rows also the sampled ones side by side. See `reference/quest.py`."""
+    split; of long rows also the sampled ones side by side. See `reference/quest.py`.
+
+    p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
+    [rows, PS, GW, 2], of which the second is the negated least.
+    """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -93,11 +76,10 @@ def box_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
-    b_squares = squares_of(b_q)
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
     p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
-    p_r = p_reach + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
+    p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
@@ -109,7 +91,7 @@ def box_kernel(
         o_scale = b_page.to(tl.int64) * (s_page // 4)
         b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
         b_reach = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
-        b_spread = tl.sqrt(sum_squares(b_half, b_squares, b_q.dtype))
+        b_spread = tl.sqrt(sum_squares(b_half, b_q))
         b_reach = b_reach * b_center_scale[:, None] + b_spread * b_half_scale[:, None]
         b_reach *= b_scale[None, :]  # [BP, GP]
         if ALIBI:
@@ -118,13 +100,14 @@ def box_kernel(
         m_page = (o_page < ranked)[:, None]
         b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
         b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
-        tl.store(p_r + o_page[:, None], b_reach, mask=m_g[None, :] & m_page)
+        tl.store(p_r + o_page[:, None] * GW, b_reach, mask=m_g[None, :] & m_page)
         if LONG:
-            o_sample = (i_row * G + o_g)[None, :] * SAMPLED + (o_page // STEP)[:, None]
+            o_sample = i_row * SAMPLED + o_page // STEP
             m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
-            tl.store(p_page_sample + o_sample, b_reach, mask=m_sample)
+            p_s = p_page_sample + o_sample[:, None] * GW + o_g[None, :]
+            tl.store(p_s, b_reach, mask=m_sample)
     allow_next(CHAINED)
-    o_own = (i_row * G + o_g) * PS + i_s
-    tl.store(p_page_maximum + o_own, tl.max(b_maximum, 0), mask=m_g)
-    tl.store(p_page_minimum + o_own, tl.min(b_minimum, 0), mask=m_g)
+    p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
+    tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
+    tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)
     await_if(i_s + i_h + i_b == 0, CHAINED)

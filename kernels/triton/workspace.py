@@ -103,6 +103,11 @@ class Shape:
         return power_of_two(self.batch)
 
     @property
+    def group_width(self) -> int:
+        """Places of the numbers that a page has for the heads of a group, side by side."""
+        return power_of_two(self.group)
+
+    @property
     def padded_head_size(self) -> int:
         return max(16, power_of_two(self.head_size))
 
@@ -263,7 +268,7 @@ class Shape:
         rows = self.batch * self.kv_heads
         heads = self.batch * self.query_heads
         lists = heads * self.splits
-        page_own = rows * self.page_splits * self.group
+        page_own = rows * self.page_splits * self.group_width
         fields = {
             "sample": (torch.float32, heads * self.sample),
             "guess": (torch.float32, heads),
@@ -291,15 +296,14 @@ class Shape:
             fields |= {
                 "listed": (torch.int32, rows * 2 * self.page_stride),
                 "listed_count": (torch.int32, rows),
-                "reach": (torch.float32, heads * self.page_stride),
+                "reach": (torch.float32, rows * self.group_width * self.page_stride),
                 "distance": (torch.int32, rows * self.page_stride),
                 "tile_count": (torch.int32, rows * power_of_two(self.list_tiles)),
             }
         if self.selector == "topk":
             fields |= {
-                "page_maximum": (torch.float32, page_own),
-                "page_minimum": (torch.float32, page_own),
-                "page_sample": (torch.float32, heads * SAMPLED.value),
+                "page_extreme": (torch.float32, page_own * 2),
+                "page_sample": (torch.float32, rows * self.group_width * SAMPLED.value),
                 "bracket": (torch.int32, rows * 2),
                 "members": (torch.int32, rows * 2 * self.most_members),
                 "member_count": (torch.int32, rows),
