@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from tables import put_tables, table_lines
-from timing import about
 from torch import Tensor
 
 from entmaxkv_kernels import PageLayout, TopK, allocate_pages, analyze_decode, append, split_pages
+from entmaxkv_vllm.bench.provenance import about
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 """Of sums of weights, which are computed in fp32 but for fp64 keys."""

@@ -1,0 +1,228 @@
+"""`entmaxkv bench kernels`: one batch after another, all arms in one run, taking turns."""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
+from entmaxkv_vllm.bench.batch import Request, parse_batch
+from entmaxkv_vllm.bench.peers import PEERS, Unavailable
+from entmaxkv_vllm.bench.provenance import about
+from entmaxkv_vllm.bench.reference_system import reference_system, use_checkout
+from entmaxkv_vllm.bench.report import table
+from entmaxkv_vllm.bench.timing import Step, alternate, kernel_times, per_step
+from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
+
+POOL_BYTES = 1 << 32
+"""Keys and values that steps rotate over, at least: a sparse step reads few of them, and what all
+steps read has to exceed the L2 cache."""
+MOST_SETS = 1024
+CPU_SETS = 2
+CPU_TOKENS = 1 << 17
+"""More of them in one batch take a CPU minutes."""
+PROFILED_SETS = 8
+PREFILL_TOKENS = 1 << 16
+"""New tokens of the calls of a turn, at least, so that the GPU does not wait for the host."""
+WARM_UP = 2
+CPU_NOTE = "PyTorch on a CPU, in float32: these are not the GPU kernels and not GPU numbers"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all batches of a run have in common.
+
+    support: share of the tokens that exact attention gives weight.
+    share: of the longest context, top-k's budget.
+    table_tokens: what block tables have room for, at least the longest sequence.
+    """
+
+    query_heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    data: str = "clustered"
+    support: float = 0.005
+    share: float = 0.05
+    table_tokens: int = 0
+    repeats: int = 15
+    seed: int = 0
+
+    def shape(self) -> Shape:
+        on_gpu = torch.cuda.is_available()
+        dtype = getattr(torch, self.dtype) if on_gpu else torch.float32
+        heads = self.query_heads, self.kv_heads, self.head_size, self.page_size
+        return Shape(*heads, dtype, "cuda" if on_gpu else "cpu")
+
+
+def run(
+    batches: Sequence[str],
+    selectors: Sequence[str],
+    peers: Sequence[str],
+    options: Options,
+    *,
+    profile: bool = False,
+    reference_checkout: Path | None = None,
+    commit: str | None = None,
+) -> dict[str, Any]:
+    """Time every batch; the result, ready for JSON.
+
+    Its `rows` are one for each batch and arm, `left_out` says by peer why it did not run, and
+    `refused` which rows of sparse arms were no measurement and are not there.
+
+    Raises ValueError for a batch that cannot be read, and on a CPU for one that is too large.
+    """
+    parsed = {text: parse_batch(text) for text in batches}
+    if not torch.cuda.is_available():
+        for text, requests in parsed.items():
+            _refuse_what_takes_minutes(text, requests)
+    if reference_checkout is not None:
+        use_checkout(reference_checkout)
+    result: dict[str, Any] = about(commit) | {"benchmark": "kernels", **asdict(options)}
+    if not torch.cuda.is_available():
+        result |= {"dtype": "float32", "note": CPU_NOTE}
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    refused: list[str] = []
+    turns = len(batches) * (options.repeats + WARM_UP)
+    with tqdm(total=turns, unit="turn", disable=None, leave=False) as bar:
+        for text, requests in parsed.items():
+            bar.set_description(text)
+            torch.manual_seed(options.seed)
+            work = _workload(requests, options)
+            ours = _own_arms(work, selectors, options.share)
+            arms = {name: arm.steps for name, arm in ours.items()}
+            for peer in peers:
+                arms |= _peer(peer, partial(PEERS[peer], work), left_out)
+            rest: dict[str, list[Step]] = {}
+            if reference_checkout is not None:
+                make = partial(reference_system, work, options.share)
+                rest = _peer("reference", make, left_out)
+            times = _time(work, arms, rest, options.repeats, bar.update)
+            for name, taken in times.items():
+                place = {"batch": text, "kind": work.kind, "arm": name}
+                row: dict[str, Any] = {**place, **_summary(taken), "sets": work.sets}
+                if arm := ours.get(name):
+                    row |= {"selector": arm.selector.name, **arm.counted()}
+                    if complaint := arm.complaint() or _fits_in_cache(row):
+                        refused.append(f"{text}, {name}: {complaint}")
+                        continue
+                if profile and work.shape.device == "cuda":
+                    row["kernels_us"] = kernel_times((arms | rest)[name][:PROFILED_SETS])
+                rows.append(row)
+            # The next batch takes its memory.
+            del work, ours, arms, rest
+    return result | {"rows": rows, "left_out": left_out, "refused": refused}
+
+
+def _refuse_what_takes_minutes(text: str, requests: Sequence[Request]) -> None:
+    tokens = sum(request.query * request.tokens for request in requests)
+    if tokens > CPU_TOKENS * 8 or sum(request.tokens for request in requests) > CPU_TOKENS:
+        raise ValueError(
+            f"batch {text!r} takes minutes without a GPU; give smaller ones, such as 2q1s4k or q512"
+        )
+
+
+def _workload(requests: Sequence[Request], options: Options) -> Workload:
+    shape = options.shape()
+    pages = sum(-(-request.tokens // shape.page_size) for request in requests)
+    tokens = pages * shape.page_size
+    if shape.device == "cuda":
+        sets = max(1, min(MOST_SETS, POOL_BYTES // (tokens * shape.token_bytes)))
+    else:
+        sets = CPU_SETS
+    pool = Pool.of(shape, sets * tokens, options.data)
+    return Workload.over(pool, requests, sets, options.support, options.table_tokens)
+
+
+def _own_arms(work: Workload, selectors: Sequence[str], share: float) -> dict[str, EntmaxArm]:
+    """Prefill is the same under every selector."""
+    if work.kind == "prefill":
+        return {"entmax": EntmaxArm(work, selector_of("exact", 0, share, work.shape.page_size))}
+    longest = max(request.tokens for request in work.requests[: work.decodes])
+    size = work.shape.page_size
+    return {name: EntmaxArm(work, selector_of(name, longest, share, size)) for name in selectors}
+
+
+def _peer(
+    name: str, make: Callable[[], dict[str, list[Step]]], left_out: dict[str, str]
+) -> dict[str, list[Step]]:
+    """A peer's arms, whose steps have run once; none if they cannot, and then why in `left_out`."""
+    try:
+        made = make()
+        for steps in made.values():
+            steps[0]()
+    except Unavailable as error:
+        left_out[name] = str(error)
+    except Exception as error:  # another project's kernels may fail in any way
+        left_out[name] = f"failed: {type(error).__name__}: {error}"
+    else:
+        return made
+    return {}
+
+
+def _time(
+    work: Workload,
+    arms: dict[str, list[Step]],
+    rest: dict[str, list[Step]],
+    repeats: int,
+    turned: Callable[[], object],
+) -> dict[str, list[float]]:
+    """Microseconds of a step, turn after turn; `rest` are single calls, not in graphs."""
+    graphs = work.shape.device == "cuda" and work.kind == "decode"
+    calls = 1
+    if work.shape.device == "cuda" and not graphs:
+        calls = -(-PREFILL_TOKENS // (len(work.queries[0]) * work.sets))
+    times = per_step(arms, repeats, graphs=graphs, calls=calls, warm_up=WARM_UP, turned=turned)
+    alone = {name: steps[0] for name, steps in rest.items()}
+    return times | alternate(alone, repeats, WARM_UP)
+
+
+def _summary(taken: list[float]) -> dict[str, float]:
+    return {
+        "us": statistics.median(taken),
+        "us_spread": max(taken) - min(taken),
+        "us_lowest": min(taken),
+        "us_highest": max(taken),
+    }
+
+
+def _fits_in_cache(row: dict[str, Any]) -> str | None:
+    """Why the pages that all sets' steps read may have come from the L2 cache."""
+    if not torch.cuda.is_available() or "bytes" not in row:
+        return None
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    if row["bytes"] * row["sets"] > cache:
+        return None
+    return f"what its steps read fits in the L2 cache of {cache >> 20} MiB; give more tokens"
+
+
+def command(args: Any) -> int:
+    """The subcommand: 0 if every arm that was asked for of this project is a measurement."""
+    names = Options.__dataclass_fields__
+    options = Options(**{name: getattr(args, name) for name in names})
+    try:
+        result = run(
+            args.batches,
+            args.selectors,
+            args.peers,
+            options,
+            profile=args.profile,
+            reference_checkout=args.reference_system,
+            commit=args.commit,
+        )
+    except ValueError as error:
+        print(f"entmaxkv bench: {error}", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    return 1 if result["refused"] else 0
