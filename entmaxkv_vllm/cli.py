@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entmaxkv_vllm import DEMO_MODEL, __version__
+from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
 from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
 
 
@@ -48,35 +49,39 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "batches", nargs="+", metavar="BATCH", help="such as 1q1s128k, 8q1s32k, q2k, 2q1k_32q1s4k"
     )
     kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
-    peers = ("fa3", "triton_attn", "sdpa", "flashinfer")
-    kernels.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
-    kernels.add_argument("--query-heads", type=int, default=32)
-    kernels.add_argument("--kv-heads", type=int, default=8)
-    kernels.add_argument("--head-size", type=int, default=128)
-    kernels.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=16)
-    kernels.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    kernels.add_argument("--data", choices=("random", "clustered"), default="clustered")
-    kernels.add_argument("--support", type=float, default=0.005, help="share with weight")
-    kernels.add_argument("--share", type=float, default=0.05, help="share that topk reads")
-    kernels.add_argument("--table-tokens", type=int, default=0, help="room of the block table")
-    kernels.add_argument("--repeats", type=int, default=15)
-    kernels.add_argument("--seed", type=int, default=0)
+    kernels.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    asked = Options()
+    for name, help in (
+        ("query-heads", None),
+        ("kv-heads", None),
+        ("head-size", None),
+        ("page-size", None),
+        ("dtype", "of the cache, on a GPU"),
+        ("data", "the keys: normal numbers, or topics that last some 128 tokens"),
+        ("support", "share of the tokens that exact attention gives weight"),
+        ("share", "share of the longest context that topk reads"),
+        ("table-tokens", "room of the block table; at least the longest context"),
+        ("repeats", "turns of each arm"),
+        ("seed", None),
+    ):
+        default = getattr(asked, name.replace("-", "_"))
+        kernels.add_argument(
+            f"--{name}",
+            type=type(default),
+            default=default,
+            choices={"page-size": PAGE_SIZES, "dtype": DTYPES, "data": DATA}.get(name),
+            help=f"{help}; default {default}" if help else f"default {default}",
+        )
     kernels.add_argument("--profile", action="store_true", help="add the time of each kernel")
     kernels.add_argument("--reference-system", type=Path, help="a checkout of deep-spin/entmaxkv")
 
     server = kinds.add_parser("server", help="a running server, such as http://127.0.0.1:8000")
     server.add_argument("url")
     server.add_argument("--model", help="default: the first that the server names")
-    server.add_argument("--requests", type=int, default=200)
-    server.add_argument("--running", type=int, default=16, help="requests at once")
-    server.add_argument("--shortest", type=int, default=1024, help="tokens of a prompt")
-    server.add_argument("--longest", type=int, default=32768)
-    server.add_argument("--least-output", type=int, default=64)
-    server.add_argument("--most-output", type=int, default=256)
-    server.add_argument("--seed", type=int, default=0)
+    add_load(server)
     server.add_argument(
         "--expect",
-        choices=("any", "sparse", "exact", "other"),
+        choices=EXPECTATIONS,
         default="any",
         help="refuse a result of another path; other: of another backend",
     )

@@ -20,8 +20,8 @@ from benchmark_serving import SETTINGS, SHAPES
 
 from entmaxkv_vllm import DEMO_MODEL
 from entmaxkv_vllm.bench import server as bench
+from entmaxkv_vllm.bench.options import Load, add_load, from_arguments
 from entmaxkv_vllm.bench.provenance import about
-from entmaxkv_vllm.bench.server import Load
 from entmaxkv_vllm.server import Server
 
 ROOM = 512
@@ -66,7 +66,7 @@ def measure(arm: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
         arguments += ("--attention-backend=FLASH_ATTN",)
     elif arm == "topk":
         settings["token_budget"] = args.token_budget
-    load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+    load = from_arguments(Load, args)
     options = {"entmaxkv": settings}
     with Server(str(model), additional_config=options, arguments=arguments) as server:
         row = bench.measure(server.url, "model", load)
@@ -83,21 +83,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="1B")
     parser.add_argument("--arm", nargs="+", default=["FLASH_ATTN", "exact", "topk"])
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--running", type=int, default=16)
-    parser.add_argument("--shortest", type=int, default=1024)
-    parser.add_argument("--longest", type=int, default=32768)
-    parser.add_argument("--least-output", type=int, default=64)
-    parser.add_argument("--most-output", type=int, default=256)
+    add_load(parser)
     parser.add_argument("--token-budget", type=int, default=2048, help="of topk")
     parser.add_argument("--score-spread", type=float, default=2.5)
     parser.add_argument("--server-argument", action="append", default=[], help="of vllm serve")
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of random weights")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
     try:
-        Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+        from_arguments(Load, args)
     except ValueError as error:
         parser.error(str(error))
     measured = about(args.commit) | {"score_spread": args.score_spread}

@@ -10,7 +10,7 @@ from entmaxkv_vllm import cli
 from entmaxkv_vllm.bench import kernels, report, timing
 from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
 from entmaxkv_vllm.bench.batch import parse_batch
-from entmaxkv_vllm.bench.peers import PEERS
+from entmaxkv_vllm.bench.peers import ARMS
 from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
 
 SHAPE = Shape(6, 2, 32, 16, torch.float32, "cpu")
@@ -29,7 +29,7 @@ def test_torchs_attention_is_softmax_over_the_same_pages():
     work = workload(MIXED)
     cache, end = work.pool.cache(()), work.decodes
     options = {"scale": SHAPE.scale, "alpha": 1.0}
-    for index, step in enumerate(PEERS["sdpa"](work)["sdpa"]):
+    for index, step in enumerate(ARMS["sdpa"](work)["sdpa"]):
         query, table = work.queries[index], work.tables[index]
         expected = prefill(
             query, cache, table[end:], work.lengths[end:], work.starts[end:], **options
@@ -176,8 +176,11 @@ def test_a_peer_that_fails_is_left_out_with_its_reason():
         (["1q1s1024k"], "takes minutes without a GPU"),
         (["q16k"], "takes minutes without a GPU"),
         (["1q1s100", "--reference-system", "/nowhere"], "give a checkout of"),
+        (["1q1s100", "--query-heads", "6"], "query_heads is 6; expected a multiple of the 8"),
+        (["1q1s100", "--repeats", "0"], "repeats is 0; expected at least 1"),
+        (["1q1s100", "--support", "5"], "support is 5.0; expected above 0 and at most 1"),
     ],
-    ids=["grammar", "long-decode", "long-prefill", "no-checkout"],
+    ids=["grammar", "long-decode", "long-prefill", "no-checkout", "heads", "repeats", "support"],
 )
 def test_what_cannot_be_timed_is_one_clear_error(arguments, problem, capsys):
     assert cli.main(["bench", "kernels", *arguments]) == 2

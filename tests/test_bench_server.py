@@ -9,14 +9,14 @@ import pytest
 
 from entmaxkv_vllm import cli
 from entmaxkv_vllm.bench import server as bench
-from entmaxkv_vllm.bench.server import Load
+from entmaxkv_vllm.bench.options import Load
 
 LOAD = Load(requests=50, shortest=100, longest=3000, least_output=3, most_output=9, seed=1)
 
 
 def test_every_server_gets_the_same_requests_of_mixed_lengths():
-    bodies = LOAD.bodies("m")
-    assert bodies == LOAD.bodies("m")
+    bodies = bench.bodies_of(LOAD, "m")
+    assert bodies == bench.bodies_of(LOAD, "m")
     lengths = sorted(len(body["prompt"]) for body in bodies)
     assert 100 <= lengths[0] < 200 < 1500 < lengths[-1] <= 3000
     assert {body["max_tokens"] for body in bodies} == set(range(3, 10))

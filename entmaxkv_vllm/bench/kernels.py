@@ -4,7 +4,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
 from entmaxkv_vllm.bench.batch import Request, parse_batch
-from entmaxkv_vllm.bench.peers import PEERS, Unavailable
+from entmaxkv_vllm.bench.options import Options, from_arguments
+from entmaxkv_vllm.bench.peers import ARMS, Unavailable
 from entmaxkv_vllm.bench.provenance import about
 from entmaxkv_vllm.bench.reference_system import reference_system, use_checkout
 from entmaxkv_vllm.bench.report import table
@@ -33,34 +34,6 @@ PREFILL_TOKENS = 1 << 16
 """New tokens of the calls of a turn, at least, so that the GPU does not wait for the host."""
 WARM_UP = 2
 CPU_NOTE = "PyTorch on a CPU, in float32: these are not the GPU kernels and not GPU numbers"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all batches of a run have in common.
-
-    support: share of the tokens that exact attention gives weight.
-    share: of the longest context, top-k's budget.
-    table_tokens: what block tables have room for, at least the longest sequence.
-    """
-
-    query_heads: int = 32
-    kv_heads: int = 8
-    head_size: int = 128
-    page_size: int = 16
-    dtype: str = "bfloat16"
-    data: str = "clustered"
-    support: float = 0.005
-    share: float = 0.05
-    table_tokens: int = 0
-    repeats: int = 15
-    seed: int = 0
-
-    def shape(self) -> Shape:
-        on_gpu = torch.cuda.is_available()
-        dtype = getattr(torch, self.dtype) if on_gpu else torch.float32
-        heads = self.query_heads, self.kv_heads, self.head_size, self.page_size
-        return Shape(*heads, dtype, "cuda" if on_gpu else "cpu")
 
 
 def run(
@@ -101,7 +74,7 @@ def run(
             ours = _own_arms(work, selectors, options.share)
             arms = {name: arm.steps for name, arm in ours.items()}
             for peer in peers:
-                arms |= _peer(peer, partial(PEERS[peer], work), left_out)
+                arms |= _peer(peer, partial(ARMS[peer], work), left_out)
             rest: dict[str, list[Step]] = {}
             if reference_checkout is not None:
                 make = partial(reference_system, work, options.share)
@@ -131,8 +104,20 @@ def _refuse_what_takes_minutes(text: str, requests: Sequence[Request]) -> None:
         )
 
 
+def _shape(options: Options) -> Shape:
+    on_gpu = torch.cuda.is_available()
+    return Shape(
+        options.query_heads,
+        options.kv_heads,
+        options.head_size,
+        options.page_size,
+        getattr(torch, options.dtype) if on_gpu else torch.float32,
+        "cuda" if on_gpu else "cpu",
+    )
+
+
 def _workload(requests: Sequence[Request], options: Options) -> Workload:
-    shape = options.shape()
+    shape = _shape(options)
     pages = sum(-(-request.tokens // shape.page_size) for request in requests)
     tokens = pages * shape.page_size
     if shape.device == "cuda":
@@ -207,14 +192,12 @@ def _fits_in_cache(row: dict[str, Any]) -> str | None:
 
 def command(args: Any) -> int:
     """The subcommand: 0 if every arm that was asked for of this project is a measurement."""
-    names = Options.__dataclass_fields__
-    options = Options(**{name: getattr(args, name) for name in names})
     try:
         result = run(
             args.batches,
             args.selectors,
             args.peers,
-            options,
+            from_arguments(Options, args),
             profile=args.profile,
             reference_checkout=args.reference_system,
             commit=args.commit,

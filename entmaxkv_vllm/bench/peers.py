@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from entmaxkv_vllm.bench.options import PEERS
 from entmaxkv_vllm.bench.timing import Step
 from entmaxkv_vllm.bench.workload import Workload
 
@@ -195,10 +196,7 @@ def flashinfer(work: Workload) -> dict[str, list[Step]]:
     return {"flashinfer": [step(index) for index in range(work.sets)]}
 
 
-PEERS: dict[str, Callable[[Workload], dict[str, list[Step]]]] = {
-    "fa3": flash_attention,
-    "triton_attn": triton_attention,
-    "sdpa": torch_attention,
-    "flashinfer": flashinfer,
-}
+ARMS: dict[str, Callable[[Workload], dict[str, list[Step]]]] = dict(
+    zip(PEERS, (flash_attention, triton_attention, torch_attention, flashinfer), strict=True)
+)
 """Arms by the peer's name; FlashAttention-3 has two, of which the faster counts."""

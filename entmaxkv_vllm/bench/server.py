@@ -8,65 +8,36 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
+from entmaxkv_vllm.bench.options import Load, from_arguments
 from entmaxkv_vllm.bench.provenance import about
 from entmaxkv_vllm.server import read_metrics
 
 COUNTERS = ("steps", "sparse_steps", "pages_read", "pages_held", "support", "query_heads")
 PERCENTILES = (50, 90, 99)
-EXPECTATIONS = ("any", "sparse", "exact", "other")
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is asked of a server.
-
-    running: requests that are under way at once, at most.
-    shortest, longest: tokens of the prompts, which spread evenly over the octaves between.
-    least_output, most_output: tokens of the answers.
-    """
-
-    requests: int = 200
-    running: int = 16
-    shortest: int = 1024
-    longest: int = 32768
-    least_output: int = 64
-    most_output: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for low, high, least in (
-            ("least_output", "most_output", 2),
-            ("shortest", "longest", 1),
-            ("running", "requests", 1),
-        ):
-            if not least <= getattr(self, low) <= getattr(self, high):
-                raise ValueError(
-                    f"{low} is {getattr(self, low)} and {high} is {getattr(self, high)}; expected "
-                    f"at least {least} and no more than {high}"
-                )
-
-    def bodies(self, model: str) -> list[dict[str, Any]]:
-        """What is posted to /v1/completions, the same for every server."""
-        rng = random.Random(self.seed)
-        bodies = []
-        for _ in range(self.requests):
-            length = round(self.shortest * (self.longest / self.shortest) ** rng.random())
-            bodies.append(
-                {
-                    "model": model,
-                    "prompt": [rng.randrange(256) for _ in range(length)],
-                    "max_tokens": rng.randint(self.least_output, self.most_output),
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": True,
-                }
-            )
-        return bodies
+def bodies_of(load: Load, model: str) -> list[dict[str, Any]]:
+    """What is posted to /v1/completions, the same for every server."""
+    rng = random.Random(load.seed)
+    bodies = []
+    for _ in range(load.requests):
+        length = round(load.shortest * (load.longest / load.shortest) ** rng.random())
+        bodies.append(
+            {
+                "model": model,
+                "prompt": [rng.randrange(256) for _ in range(length)],
+                "max_tokens": rng.randint(load.least_output, load.most_output),
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        )
+    return bodies
 
 
 async def _send(url: str, body: dict[str, Any], session: Any) -> list[float]:
@@ -118,7 +89,7 @@ def measure(url: str, model: str, load: Load) -> dict[str, Any]:
 
     Of requests that failed only `failures` tells; without any, the row has percentiles.
     """
-    bodies = load.bodies(model)
+    bodies = bodies_of(load, model)
     first = [{**body, "max_tokens": 4} for body in bodies[: load.running]]
     asyncio.run(send_all(url, first, load.running))
     before, began = read_metrics(url), time.perf_counter()
@@ -219,7 +190,7 @@ def command(args: Any) -> int:
     """The subcommand: 0 if all requests were answered, by the path that was expected."""
     url = args.url.rstrip("/")
     try:
-        load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+        load = from_arguments(Load, args)
         model = args.model or served_model(url)
     except ValueError as error:
         print(f"entmaxkv bench: {error}", file=sys.stderr)

@@ -12,7 +12,6 @@ from entmaxkv_vllm.bench.batch import Request
 
 ALPHA = 1.5
 CHUNK = 1 << 16
-DATA = ("random", "clustered")
 
 
 @dataclass(frozen=True)
