@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
         doctor.add_argument(
             option, type=_json_object, default={}, help="JSON, as for vllm serve; with a model"
         )
+    plot = commands.add_parser("plot", help="draw results of benchmarks and fidelity measurements")
+    plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON")
+    plot.add_argument("--out", type=Path, required=True, help="the folder for SVG files")
+
     _add_bench(commands.add_parser("bench", help="time the kernels, or a server under load"))
     return top
 
@@ -118,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from entmaxkv_vllm.demo import run as run_demo
 
         return run_demo(args.model, args.selector, args.tokens, args.seed, args.keep)
+    if args.command == "plot":
+        from entmaxkv_vllm.plots.draw import command
+
+        return command(args.files, args.out)
     if args.command == "bench":
         return _bench(args)
     from entmaxkv_vllm.doctor import run as run_doctor

@@ -7,11 +7,10 @@ from typing import Any
 
 from tables import put_tables, table_lines
 
+from entmaxkv_vllm.bench.report import READING_LIMIT
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
-PEAK = {"NVIDIA H200": 4.26e12}
-"""Bytes per second that reading alone reaches, measured."""
-
 EXACT_AT_LEAST = {8192: 0.97, 32768: 1.1, 131072: 1.48, 524288: 1.65, 1048576: 1.72}
 SPARSE_AT_LEAST = {8192: 1.1, 32768: 2.1, 131072: 3.7, 524288: 5.7, 1048576: 6.6}
 """Ratios asked for, at 32 query and 8 KV heads of 128 and one sequence."""
@@ -78,7 +77,7 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
         launches = ", ".join(
             f"{name.removesuffix('_kernel')} {us:.1f}" for name, us in row["kernels_us"].items()
         )
-        limit = row["bytes"] / PEAK[result["gpu"]] * 1e6
+        limit = row["bytes"] / READING_LIMIT[result["gpu"]] * 1e6
         size = f"{row['bytes'] / 1e6:.1f} MB"
         place = row["kernel"], thousands(row["context"])
         rows.append((*place, size, f"{limit:.1f}", f"{row['us']:.1f}", launches))

@@ -2,8 +2,11 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+READING_LIMIT = {"NVIDIA H200": 4.26e12}
+"""Bytes per second that reading alone reaches, measured, by GPU."""
 
 ASKED = (
     "query_heads",
@@ -38,7 +41,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def yardstick(rows: Sequence[dict[str, Any]], batch: str) -> float | None:
+def yardstick(rows: Sequence[Mapping[str, Any]], batch: str) -> float | None:
     """Microseconds of FlashAttention-3 on a batch, the faster of its arms; of SDPA without it."""
     for prefix in ("fa3", "sdpa"):
         found = [
