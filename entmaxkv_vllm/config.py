@@ -52,6 +52,7 @@ class EntmaxKVConfig:
         exact_below: contexts up to this many tokens always decode exactly.
         implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
             CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
+        layer_metrics: whether /metrics tells the counters of each layer, too.
         sources: where each value came from, by field name.
     """
 
@@ -62,6 +63,7 @@ class EntmaxKVConfig:
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
     implementation: str = "auto"
+    layer_metrics: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
@@ -128,6 +130,9 @@ def resolve(
             "implementation",
             values.get("implementation", defaults["implementation"]),
             IMPLEMENTATIONS,
+        ),
+        layer_metrics=_flag(
+            "layer_metrics", values.get("layer_metrics", defaults["layer_metrics"])
         ),
         sources=sources,
     )
@@ -249,6 +254,12 @@ def _one_alpha(setting: str, value: Any) -> float:
 def _choice(setting: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ConfigurationError(setting, value, "is unknown", _suggestion(str(value), choices))
+    return value
+
+
+def _flag(setting: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(setting, value, "is neither true nor false", "give true or false")
     return value
 
 

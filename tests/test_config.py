@@ -50,6 +50,14 @@ def test_additional_config_wins_over_the_checkpoint():
     assert config.sources["alpha"] == "--additional-config"
 
 
+@pytest.mark.parametrize("value", [1, "true", None])
+def test_a_flag_is_true_or_false_and_nothing_like_it(value):
+    assert settle(layer_metrics=True).layer_metrics is True
+    assert settle().layer_metrics is False
+    with pytest.raises(ConfigurationError, match=r"layer_metrics=.*give true or false"):
+        settle(layer_metrics=value)
+
+
 @pytest.mark.parametrize("key", ["entmax_alpha", "adasplash_alpha", "initial_alpha"])
 def test_every_known_spelling_of_alpha_is_read(key):
     assert settle({key: 1.75}).alpha == 1.75
