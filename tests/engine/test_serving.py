@@ -90,6 +90,15 @@ def test_both_engines_decode_and_are_counted(server, answers):
     assert all(float(line.rsplit(maxsplit=1)[1]) > 0 for line in generated)
 
 
+def test_the_dashboard_asks_for_nothing_that_the_server_does_not_tell(server, answers):
+    import dashboard
+
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    told = {line.partition("{")[0] for line in lines if "model_name=" in line}
+    assert dashboard.metrics() <= told
+
+
 def test_structured_output_is_one_of_the_choices(server):
     reply = ask(server, "x = 1\n", max_tokens=8, structured_outputs={"choice": CHOICES})
     assert reply["choices"][0]["text"] in CHOICES
