@@ -13,6 +13,10 @@ from entmaxkv_vllm.bench.batch import parse_batch
 from entmaxkv_vllm.bench.peers import ARMS
 from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what a run does without a GPU; see tests/gpu"
+)
+
 SHAPE = Shape(6, 2, 32, 16, torch.float32, "cpu")
 MIXED = "2q1s100_1q1s37_2q20s45_1q19"
 

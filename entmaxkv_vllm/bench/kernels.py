@@ -31,7 +31,8 @@ CPU_TOKENS = 1 << 17
 """More of them in one batch take a CPU minutes."""
 PROFILED_SETS = 8
 PREFILL_TOKENS = 1 << 16
-"""New tokens of the calls of a turn, at least, so that the GPU does not wait for the host."""
+"""New tokens of the calls of a turn that prefills, about: enough that the GPU does not wait for the
+host."""
 WARM_UP = 2
 CPU_NOTE = "PyTorch on a CPU, in float32: these are not the GPU kernels and not GPU numbers"
 
@@ -88,8 +89,8 @@ def run(
                     if complaint := arm.complaint() or _fits_in_cache(row):
                         refused.append(f"{text}, {name}: {complaint}")
                         continue
-                if profile and work.shape.device == "cuda":
-                    row["kernels_us"] = kernel_times((arms | rest)[name][:PROFILED_SETS])
+                    if profile and work.shape.device == "cuda":
+                        row["kernels_us"] = kernel_times(arm.steps[:PROFILED_SETS])
                 rows.append(row)
             # The next batch takes its memory.
             del work, ours, arms, rest
@@ -120,10 +121,12 @@ def _workload(requests: Sequence[Request], options: Options) -> Workload:
     shape = _shape(options)
     pages = sum(-(-request.tokens // shape.page_size) for request in requests)
     tokens = pages * shape.page_size
+    sets = CPU_SETS
     if shape.device == "cuda":
         sets = max(1, min(MOST_SETS, POOL_BYTES // (tokens * shape.token_bytes)))
-    else:
-        sets = CPU_SETS
+        if not all(request.decodes for request in requests):
+            new = sum(request.query for request in requests)
+            sets = max(1, min(sets, PREFILL_TOKENS // new))
     pool = Pool.of(shape, sets * tokens, options.data)
     return Workload.over(pool, requests, sets, options.support, options.table_tokens)
 
@@ -163,10 +166,7 @@ def _time(
 ) -> dict[str, list[float]]:
     """Microseconds of a step, turn after turn; `rest` are single calls, not in graphs."""
     graphs = work.shape.device == "cuda" and work.kind == "decode"
-    calls = 1
-    if work.shape.device == "cuda" and not graphs:
-        calls = -(-PREFILL_TOKENS // (len(work.queries[0]) * work.sets))
-    times = per_step(arms, repeats, graphs=graphs, calls=calls, warm_up=WARM_UP, turned=turned)
+    times = per_step(arms, repeats, graphs=graphs, warm_up=WARM_UP, turned=turned)
     alone = {name: steps[0] for name, steps in rest.items()}
     return times | alternate(alone, repeats, WARM_UP)
 
