@@ -259,7 +259,7 @@ def _choice(setting: str, value: Any, choices: Sequence[str]) -> str:
 
 def _flag(setting: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigurationError(setting, value, "is neither true nor false", "give true or false")
+        raise ConfigurationError(setting, value, "is not a boolean", "give true or false")
     return value
 
 

@@ -60,9 +60,12 @@ def pyplot() -> Any:
 
 def finish(figure: Any, title: str, caption: str) -> None:
     """Say above what is drawn, and below of what, where and when."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.text(0.01, 0.012, caption, fontsize=7, color="#555555", ha="left", va="bottom")
-    figure.tight_layout(rect=(0, 0.02 + 0.035 * (1 + caption.count("\n")), 1, 0.98))
+    height = figure.get_figheight()
+    figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", weight="bold", size=11)
+    place = {"x": 0.01, "y": 0.06 / height, "ha": "left", "va": "bottom"}
+    figure.text(s=caption, fontsize=7, color="#555555", **place)
+    below = 0.12 + 0.13 * (1 + caption.count("\n"))
+    figure.tight_layout(rect=(0, below / height, 1, 1 - 0.3 / height))
 
 
 def save(figure: Any, path: Path) -> None:

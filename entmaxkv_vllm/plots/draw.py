@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entmaxkv_vllm.plots.canvas import MissingMatplotlib, save
+from entmaxkv_vllm.plots.dashboard import panels
 from entmaxkv_vllm.plots.decode import bytes_read, latency, step_time
 from entmaxkv_vllm.plots.fidelity import dropped_mass
 
@@ -15,6 +16,7 @@ PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "step": step_time,
     "bytes": bytes_read,
     "dropped-mass": dropped_mass,
+    "panels": panels,
 }
 """Figures by the end of their file's name; None where a result has nothing to draw."""
 
