@@ -7,7 +7,7 @@ from typing import Any
 
 from tables import put_tables, table_lines
 
-from entmaxkv_vllm.bench.report import READING_LIMIT
+from entmaxkv_vllm.bench.report import ASKED, READING_LIMIT, TITLES, cells
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
@@ -82,6 +82,11 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
         place = row["kernel"], thousands(row["context"])
         rows.append((*place, size, f"{limit:.1f}", f"{row['us']:.1f}", launches))
     return table_lines(titles, rows)
+
+
+def bench_table(result: dict[str, Any]) -> list[str]:
+    asked = (f"{name} {result[name]}" for name in ASKED)
+    return [f"Asked: {', '.join(asked)}.", "", *table_lines(TITLES, cells(result["rows"]))]
 
 
 def prefill_table(result: dict[str, Any]) -> list[str]:
@@ -225,6 +230,7 @@ SECTIONS = (
         "Decode with `gaussian`, keys in topics, support 1%",
         decode_table,
     ),
+    ("bench-h200.json", "Beside other kernels, by `entmaxkv bench`", bench_table),
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),

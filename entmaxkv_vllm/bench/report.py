@@ -8,6 +8,9 @@ from typing import Any
 READING_LIMIT = {"NVIDIA H200": 4.26e12}
 """Bytes per second that reading alone reaches, measured, by GPU."""
 
+TITLES = ["batch", "arm", "us", "spread", "pages read", "support", "FA3 / this"]
+"""Of the table; without FlashAttention-3 the last column is of SDPA."""
+
 ASKED = (
     "query_heads",
     "kv_heads",
@@ -27,10 +30,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['gpu']}, commit {result['commit'][:12]}, {result['date']}"]
     if "note" in result:
         lines.append(result["note"])
-    titles = ["batch", "arm", "us", "spread", "pages read", "support", "peer / this"]
-    cells = [titles, *(_cells(row, result["rows"]) for row in result["rows"])]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(titles))]
-    for line in cells:
+    whole = [TITLES, *cells(result["rows"])]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(TITLES))]
+    for line in whole:
         padded = (
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -52,17 +54,23 @@ def yardstick(rows: Sequence[Mapping[str, Any]], batch: str) -> float | None:
     return None
 
 
-def _cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    other = yardstick(rows, row["batch"])
-    return [
-        row["batch"],
-        row["arm"],
-        f"{row['us']:.1f}",
-        f"{row['us_spread']:.1f}",
-        f"{row['pages_read']:.1%}" if "pages_read" in row else "",
-        f"{row['support']:.2%}" if "support" in row else "",
-        f"{other / row['us']:.2f}" if other else "",
-    ]
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What stands under TITLES for each row."""
+    lines = []
+    for row in rows:
+        other = yardstick(rows, row["batch"])
+        lines.append(
+            [
+                row["batch"],
+                row["arm"],
+                f"{row['us']:.1f}",
+                f"{row['us_spread']:.1f}",
+                f"{row['pages_read']:.1%}" if "pages_read" in row else "",
+                f"{row['support']:.2%}" if "support" in row else "",
+                f"{other / row['us']:.2f}" if other else "",
+            ]
+        )
+    return lines
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
