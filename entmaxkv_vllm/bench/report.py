@@ -30,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['gpu']}, commit {result['commit'][:12]}, {result['date']}"]
     if "note" in result:
         lines.append(result["note"])
-    whole = [TITLES, *cells(result["rows"])]
+    whole = [_titles(result["rows"]), *cells(result["rows"])]
     widths = [max(len(line[i]) for line in whole) for i in range(len(TITLES))]
     for line in whole:
         padded = (
@@ -41,6 +41,11 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"left out: {name} {why}" for name, why in result["left_out"].items()]
     lines += [f"REFUSED: {text}" for text in result["refused"]]
     return "\n".join(lines)
+
+
+def _titles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    with_flash = any(row["arm"].startswith("fa3") for row in rows)
+    return TITLES if with_flash else [*TITLES[:-1], "SDPA / this"]
 
 
 def yardstick(rows: Sequence[Mapping[str, Any]], batch: str) -> float | None:
