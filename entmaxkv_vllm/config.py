@@ -52,6 +52,7 @@ class EntmaxKVConfig:
         exact_below: contexts up to this many tokens always decode exactly.
         implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
             CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
+        certificate: whether `topk` counts what its steps can prove of their own exactness.
         sources: where each value came from, by field name.
     """
 
@@ -62,6 +63,7 @@ class EntmaxKVConfig:
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
     implementation: str = "auto"
+    certificate: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
@@ -129,6 +131,7 @@ def resolve(
             values.get("implementation", defaults["implementation"]),
             IMPLEMENTATIONS,
         ),
+        certificate=_flag("certificate", values.get("certificate", defaults["certificate"])),
         sources=sources,
     )
     if config.selector != "topk" and "token_budget" in options:
@@ -136,6 +139,13 @@ def resolve(
             "token_budget",
             config.token_budget,
             f"means nothing to selector {config.selector}",
+            "leave it out, or use selector topk",
+        )
+    if config.certificate and config.selector != "topk":
+        raise ConfigurationError(
+            "certificate",
+            True,
+            f"needs bounds of what is not read, which selector {config.selector} does not keep",
             "leave it out, or use selector topk",
         )
     if config.token_budget < config.page_size:
@@ -257,6 +267,12 @@ def _integer(setting: str, value: Any) -> int:
         raise ConfigurationError(
             setting, value, "is not a number of tokens", "give an integer of at least 0"
         )
+    return value
+
+
+def _flag(setting: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(setting, value, "is not a boolean", "give true or false")
     return value
 
 
