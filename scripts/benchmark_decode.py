@@ -181,7 +181,12 @@ def flash_attention(
 
 
 def entmax_steps(
-    case: Case, pages: PagedCache, tables: torch.Tensor, queries: torch.Tensor, selector: Selector
+    case: Case,
+    pages: PagedCache,
+    tables: torch.Tensor,
+    queries: torch.Tensor,
+    selector: Selector,
+    certified: bool = False,
 ) -> tuple[list[Step], list[torch.Tensor], torch.Tensor]:
     """This project's steps, their outputs, and the counters that they add to."""
     size = decode_workspace_size(
@@ -193,11 +198,13 @@ def entmax_steps(
         pages.key.dtype,
         case.table_tokens,
         selector=selector,
+        certificate=certified,
     )
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     counters = torch.zeros(len(Counter), dtype=torch.int64, device="cuda")
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
     outs = [torch.empty_like(query) for query in queries]
+    certificate = torch.empty(queries.shape[1:3], device="cuda") if certified else None
 
     def step(index: int) -> Step:
         return lambda: decode(
@@ -210,6 +217,7 @@ def entmax_steps(
             selector=selector,
             counters=counters,
             out=outs[index],
+            certificate=certificate,
             workspace=workspace,
             implementation="triton",
         )
@@ -253,10 +261,12 @@ def measure(
     plain: PagedCache,
     selectors: dict[str, Selector],
     profiled: bool,
+    certified: bool,
 ) -> list[dict[str, Any]]:
     """One row for each selector, whose names are those of the rows' kernels.
 
     plain: the pages of selectors without statistics.
+    certified: time `topk` with a certificate as well.
     """
     shape = case.sets, case.batch, case.pages
     order = torch.randperm(POOL_TOKENS // PAGE_SIZE, dtype=torch.int32, device="cuda")
@@ -270,6 +280,11 @@ def measure(
         steps, outs, counters = entmax_steps(case, own, tables, queries, selector)
         rounds = -(-GRAPH_STEPS // case.sets)
         arms = {"entmax": steps} | flash
+        certifying = certified and isinstance(selector, TopK)
+        if certifying:
+            arms["certified"], _, certified_counters = entmax_steps(
+                case, own, tables, queries, selector, certified=True
+            )
         graphs = {arm: graph_of(arm_steps * rounds) for arm, arm_steps in arms.items()}
         times = alternate({arm: graph.replay for arm, graph in graphs.items()}, REPLAYS)
         us = {arm: [t / case.sets / rounds for t in replays] for arm, replays in times.items()}
@@ -299,6 +314,15 @@ def measure(
         row["bytes"] = read_bytes(case, row, selector, pages)
         if isinstance(selector, Exact):
             row["error"] = exact_error(case, pages, tables, queries, outs[0])
+        if certifying:
+            row |= {
+                "certified_us": median["certified"],
+                "certified_us_spread": max(us["certified"]) - min(us["certified"]),
+                "certificate_cost": median["certified"] / median["entmax"] - 1,
+                "certificates": certified_counters[Counter.CERTIFIED :].tolist(),
+            }
+            if profiled:
+                row["certified_kernels_us"] = kernel_times(arms["certified"][:PROFILED_SETS])
         if profiled:
             row["kernels_us"] = kernel_times(steps[:PROFILED_SETS])
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -322,6 +346,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--data", choices=("random", "clustered"), default="random")
     parser.add_argument("--sparse", choices=("topk", "gaussian"), default="topk")
+    parser.add_argument(
+        "--certificate", action="store_true", help="time top-k with a certificate, too"
+    )
     parser.add_argument("--profile", action="store_true", help="add the time of each kernel")
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
@@ -352,7 +379,9 @@ def main() -> None:
                 shape = query_heads, kv_heads, head_size, batch, context
                 case = Case(*shape, arguments.support, room)
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
-                rows += measure(case, pages, plain, selectors, arguments.profile)
+                rows += measure(
+                    case, pages, plain, selectors, arguments.profile, arguments.certificate
+                )
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         del raw, pages, plain
         torch.cuda.empty_cache()
