@@ -52,6 +52,7 @@ class EntmaxKVConfig:
         exact_below: contexts up to this many tokens always decode exactly.
         implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
             CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
+        certificate: whether `topk` counts what its steps can prove of their own exactness.
         layer_metrics: whether /metrics tells the counters of each layer, too.
         sources: where each value came from, by field name.
     """
@@ -63,6 +64,7 @@ class EntmaxKVConfig:
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
     implementation: str = "auto"
+    certificate: bool = False
     layer_metrics: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -131,6 +133,7 @@ def resolve(
             values.get("implementation", defaults["implementation"]),
             IMPLEMENTATIONS,
         ),
+        certificate=_flag("certificate", values.get("certificate", defaults["certificate"])),
         layer_metrics=_flag(
             "layer_metrics", values.get("layer_metrics", defaults["layer_metrics"])
         ),
@@ -141,6 +144,13 @@ def resolve(
             "token_budget",
             config.token_budget,
             f"means nothing to selector {config.selector}",
+            "leave it out, or use selector topk",
+        )
+    if config.certificate and config.selector != "topk":
+        raise ConfigurationError(
+            "certificate",
+            True,
+            f"needs bounds of what is not read, which selector {config.selector} does not keep",
             "leave it out, or use selector topk",
         )
     if config.token_budget < config.page_size:

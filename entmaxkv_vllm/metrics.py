@@ -24,6 +24,13 @@ DESCRIPTIONS = {
     Counter.PAGES_READ: "Pages whose keys decoding read, per KV head",
     Counter.SUPPORT: "Tokens with a weight above zero, summed over query heads",
     Counter.QUERY_HEADS: "Query heads that the support was summed over",
+    Counter.CERTIFIED: "Query heads whose output is proved to be the exact one",
+    Counter.BOUND_TO_1E_4: "Query heads whose certificate is above 0 and at most 1e-4",
+    Counter.BOUND_TO_1E_3: "Query heads whose certificate is above 1e-4 and at most 1e-3",
+    Counter.BOUND_TO_1E_2: "Query heads whose certificate is above 1e-3 and at most 0.01",
+    Counter.BOUND_TO_1E_1: "Query heads whose certificate is above 0.01 and at most 0.1",
+    Counter.BOUND_BELOW_1: "Query heads whose certificate is above 0.1 and below 1",
+    Counter.VACUOUS: "Query heads whose certificate is 1, which says nothing",
 }
 
 

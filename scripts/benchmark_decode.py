@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from entmaxkv_kernels import Exact, Selector
+from entmaxkv_kernels import Counter, Exact, Selector, TopK
 from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
 from entmaxkv_vllm.bench.batch import Request
 from entmaxkv_vllm.bench.peers import flash_attention
@@ -39,13 +39,21 @@ SHAPES = {
 
 
 def measure(
-    work: Workload, selectors: dict[str, Selector], profiled: bool
+    work: Workload, selectors: dict[str, Selector], profiled: bool, certified: bool
 ) -> Iterable[dict[str, Any]]:
-    """One row for each selector, whose names are those of the rows' kernels."""
+    """One row for each selector, whose names are those of the rows' kernels.
+
+    certified: time `topk` with a certificate as well.
+    """
     flash = flash_attention(work)
     for name, selector in selectors.items():
         own = EntmaxArm(work, selector)
-        us = per_step({"entmax": own.steps} | flash, REPLAYS, graphs=True)
+        arms = {"entmax": own.steps} | flash
+        certifying = None
+        if certified and isinstance(selector, TopK):
+            certifying = EntmaxArm(work, selector, certified=True)
+            arms["certified"] = certifying.steps
+        us = per_step(arms, REPLAYS, graphs=True)
         median = {arm: statistics.median(values) for arm, values in us.items()}
         flash_us = min(median["fa3_plain"], median["fa3_scheduled"])
         counted = own.counted()
@@ -71,6 +79,15 @@ def measure(
         }
         if isinstance(selector, Exact):
             row["error"] = work.exact_error(own.outs[0])
+        if certifying is not None:
+            row |= {
+                "certified_us": median["certified"],
+                "certified_us_spread": max(us["certified"]) - min(us["certified"]),
+                "certificate_cost": median["certified"] / median["entmax"] - 1,
+                "certificates": certifying.counters[Counter.CERTIFIED :].tolist(),
+            }
+            if profiled:
+                row["certified_kernels_us"] = kernel_times(certifying.steps[:PROFILED_SETS])
         if profiled:
             row["kernels_us"] = kernel_times(own.steps[:PROFILED_SETS])
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -92,6 +109,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--data", choices=("random", "clustered"), default="random")
     parser.add_argument("--sparse", choices=("topk", "gaussian"), default="topk")
+    parser.add_argument(
+        "--certificate", action="store_true", help="time top-k with a certificate, too"
+    )
     parser.add_argument("--profile", action="store_true", help="add the time of each kernel")
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
@@ -121,7 +141,8 @@ def main() -> None:
                     pool, requests, sets, arguments.support, max(context, arguments.table_tokens)
                 )
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
-                for row in measure(work, selectors, arguments.profile):
+                certified = arguments.certificate
+                for row in measure(work, selectors, arguments.profile, certified):
                     rows.append(row)
                     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         # The next shape takes its memory.

@@ -31,17 +31,22 @@ def selector_of(name: str, tokens: int, share: float, page_size: int) -> Selecto
 class EntmaxArm:
     """Steps of this project over a workload under one selector.
 
+    certified: whether steps say how exact they are, which is counted.
+
     Attributes:
         counters: [len(Counter)] int64, what all steps run so far counted.
     """
 
     workload: Workload
     selector: Selector
+    certified: bool = False
 
     def __post_init__(self) -> None:
         device = self.workload.shape.device
         self.counters = torch.zeros(len(Counter), dtype=torch.int64, device=device)
         self.outs = torch.empty_like(self.workload.queries)
+        heads = self.workload.decodes, self.workload.shape.query_heads
+        self.certificate = torch.empty(heads, device=device) if self.certified else None
 
     @cached_property
     def cache(self) -> PagedCache:
@@ -70,6 +75,7 @@ class EntmaxArm:
                     shape.dtype,
                     work.table_tokens,
                     selector=self.selector,
+                    certificate=self.certified,
                 )
             )
         if work.kind != "decode":
@@ -96,6 +102,7 @@ class EntmaxArm:
                     selector=self.selector,
                     counters=self.counters,
                     out=out[:end],
+                    certificate=self.certificate,
                     **options,
                 )
             if end < len(work.requests):
