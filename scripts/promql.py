@@ -48,6 +48,8 @@ def _value(node: promql_parser.Expr, scrapes: Sequence[Scrape]) -> Vector | floa
         return node.val
     if isinstance(node, promql_parser.VectorSelector):
         return _selected(node, scrapes[-1])
+    if isinstance(node, promql_parser.ParenExpr):
+        return _value(node.expr, scrapes)
     if isinstance(node, promql_parser.AggregateExpr):
         return _aggregate(node, _vector(node.expr, scrapes))
     if isinstance(node, promql_parser.BinaryExpr):
@@ -112,6 +114,8 @@ def _aggregate(node: promql_parser.AggregateExpr, vector: Vector) -> Vector:
 
 def _combined(operator: str, left: Vector, right: Vector) -> Vector:
     pairs = {labels: (left[labels], right[labels]) for labels in left.keys() & right.keys()}
+    if operator == "+":
+        return {labels: a + b for labels, (a, b) in pairs.items()}
     if operator == "-":
         return {labels: a - b for labels, (a, b) in pairs.items()}
     if operator == "/":

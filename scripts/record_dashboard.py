@@ -27,7 +27,7 @@ from entmaxkv_vllm.server import Server
 DASHBOARD = Path(__file__).resolve().parent.parent / "docker/grafana/dashboards/entmaxkv.json"
 SCRAPE_SECONDS = 2
 RANGE_SECONDS = 16
-OPTIONS = {"selector": "gaussian", "exact_below": 1024}
+OPTIONS = {"selector": "topk", "token_budget": 1024, "exact_below": 1024, "certificate": True}
 PHASES = {
     "short texts": (24, 4, 500, 900),
     "long texts, one at a time": (8, 1, 2500, 4000),

@@ -38,6 +38,10 @@ def only(vector):
         ('sum(rate(read_total{model_name="m"}[20s]))', 7.5),
         ('sum(rate(read_total{model_name="m"}[10s]))', 4),
         ('sum(rate(read_total{engine="1"}[20s])) / sum(rate(read_total{engine="0"}[20s]))', 1 / 14),
+        (
+            'max(read_total) / (sum(read_total{engine="0"}) + sum(read_total{engine="1"}))',
+            140 / 157,
+        ),
         ('sum(read_total{engine="0"}) - sum(read_total{engine="1"})', 137),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 from entmaxkv_vllm.plots.canvas import finish, provenance, pyplot
 
 COLUMNS = 3
-PALETTE = ("#1f6f8b", "#c8553d", "#7b9e42")
+PALETTE = ("#1f6f8b", "#c8553d", "#7b9e42", "#e3b23c", "#7fb7be", "#8a6fa8", "#bbbbbb")
 
 
 def panels(result: Mapping[str, Any]) -> Any:
@@ -43,6 +43,7 @@ def _draw(axis: Any, panel: Mapping[str, Any], result: Mapping[str, Any]) -> Non
         axis.text(phase["start"], 1, f" {i + 1}", transform=axis.get_xaxis_transform(), size=6)
     axis.set_title(panel["title"], fontsize=8, loc="left", pad=9)
     axis.tick_params(labelsize=7)
+    axis.locator_params(nbins=4)
     axis.set_ylim(0, 1.02 if panel["unit"] == "percentunit" else None)
     if panel["unit"] == "percentunit":
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
