@@ -111,7 +111,7 @@ def test_a_run_on_a_cpu_says_that_its_numbers_are_not_a_gpus(run):
     assert result["gpu"] == "CPU" and result["dtype"] == "float32"
     assert "not GPU numbers" in result["note"]
     assert result["note"] in shown
-    assert result["left_out"]["fa3"] == "needs a GPU"
+    assert result["left_out"]["fa3 needs a GPU"] == result["batches"]
     assert "left out: triton_attn needs a GPU" in shown
     assert {"versions", "commit", "date"} <= result.keys()
 
@@ -164,13 +164,19 @@ def test_on_a_gpu_steps_that_fit_in_the_cache_are_refused(monkeypatch):
     assert kernels._fits_in_cache({"sets": 1}) is None
 
 
-def test_a_peer_that_fails_is_left_out_with_its_reason():
-    def broken():
-        raise OSError("no such kernel")
+def test_a_peer_that_fails_is_left_out_with_its_reason_where_it_failed(monkeypatch, capsys):
+    def broken(work):
+        if len(work.requests) > 1:
+            raise OSError("no such kernel")
+        return {"flashinfer": [lambda: None] * work.sets}
 
-    left_out = {}
-    assert kernels._peer("other", lambda: {"other": [broken]}, left_out) == {}
-    assert left_out == {"other": "failed: OSError: no such kernel"}
+    monkeypatch.setitem(ARMS, "flashinfer", broken)
+    sizes = ["--query-heads", "2", "--kv-heads", "1", "--head-size", "16", "--repeats", "1"]
+    arguments = ["1q1s64", "2q1s64", *sizes, "--peers", "flashinfer", "--selectors", "exact"]
+    assert cli.main(["bench", "kernels", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out: flashinfer failed: OSError: no such kernel (2q1s64)" in lines
+    assert [line.split()[0] for line in lines if " flashinfer " in f"{line} "][:1] == ["1q1s64"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from entmaxkv_vllm.bench.peers import ARMS, Unavailable
 from entmaxkv_vllm.bench.provenance import about
 from entmaxkv_vllm.bench.reference_system import reference_system, use_checkout
 from entmaxkv_vllm.bench.report import table
-from entmaxkv_vllm.bench.timing import Step, alternate, kernel_times, per_step
+from entmaxkv_vllm.bench.timing import Step, graph_of, kernel_times, per_step
 from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
 
 POOL_BYTES = 1 << 32
@@ -34,6 +34,8 @@ PREFILL_TOKENS = 1 << 16
 """New tokens of the calls of a turn that prefills, about: enough that the GPU does not wait for the
 host."""
 WARM_UP = 2
+REFERENCE = "reference"
+"""The paper's own code, whose steps no graph can hold."""
 CPU_NOTE = "PyTorch on a CPU, in float32: these are not the GPU kernels and not GPU numbers"
 
 
@@ -49,8 +51,9 @@ def run(
 ) -> dict[str, Any]:
     """Time every batch; the result, ready for JSON.
 
-    Its `rows` are one for each batch and arm, `left_out` says by peer why it did not run, and
-    `refused` which rows of sparse arms were no measurement and are not there.
+    Its `rows` are one for each batch and arm, `left_out` the batches of each peer that did not run,
+    by peer and reason, and `refused` which rows of sparse arms were no measurement and are not
+    there.
 
     Raises ValueError for a batch that cannot be read, and on a CPU for one that is too large.
     """
@@ -63,38 +66,57 @@ def run(
     result: dict[str, Any] = about(commit) | {"benchmark": "kernels", **asdict(options)}
     if not torch.cuda.is_available():
         result |= {"dtype": "float32", "note": CPU_NOTE}
-    rows: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
-    refused: list[str] = []
-    turns = len(batches) * (options.repeats + WARM_UP)
+    result |= {"batches": list(parsed), "rows": [], "left_out": {}, "refused": []}
+    turns = len(parsed) * (options.repeats + WARM_UP)
     with tqdm(total=turns, unit="turn", disable=None, leave=False) as bar:
         for text, requests in parsed.items():
             bar.set_description(text)
             torch.manual_seed(options.seed)
             work = _workload(requests, options)
-            ours = _own_arms(work, selectors, options.share)
-            arms = {name: arm.steps for name, arm in ours.items()}
-            for peer in peers:
-                arms |= _peer(peer, partial(ARMS[peer], work), left_out)
-            rest: dict[str, list[Step]] = {}
+            arms = _own_arms(work, selectors, options.share)
+            makers: dict[str, Callable[[], dict[str, list[Step]]]] = {
+                peer: partial(ARMS[peer], work) for peer in peers
+            }
             if reference_checkout is not None:
-                make = partial(reference_system, work, options.share)
-                rest = _peer("reference", make, left_out)
-            times = _time(work, arms, rest, options.repeats, bar.update)
-            for name, taken in times.items():
-                place = {"batch": text, "kind": work.kind, "arm": name}
-                row: dict[str, Any] = {**place, **_summary(taken), "sets": work.sets}
-                if arm := ours.get(name):
-                    row |= {"selector": arm.selector.name, **arm.counted()}
-                    if complaint := arm.complaint() or _fits_in_cache(row):
-                        refused.append(f"{text}, {name}: {complaint}")
-                        continue
-                    if profile and work.shape.device == "cuda":
-                        row["kernels_us"] = kernel_times(arm.steps[:PROFILED_SETS])
-                rows.append(row)
+                makers[REFERENCE] = partial(reference_system, work, options.share)
+            _measure(text, work, arms, makers, options.repeats, profile, result, bar.update)
             # The next batch takes its memory.
-            del work, ours, arms, rest
-    return result | {"rows": rows, "left_out": left_out, "refused": refused}
+            del work, arms, makers
+    return result
+
+
+def _measure(
+    text: str,
+    work: Workload,
+    own: dict[str, EntmaxArm],
+    makers: dict[str, Callable[[], dict[str, list[Step]]]],
+    repeats: int,
+    profile: bool,
+    result: dict[str, Any],
+    turned: Callable[[], object],
+) -> None:
+    """Add one batch to the result: own arms and those of the peers that `makers` make."""
+    on_gpu = work.shape.device == "cuda"
+    graphs = on_gpu and work.kind == "decode"
+    arms = {name: arm.steps for name, arm in own.items()}
+    for peer, make in makers.items():
+        try:
+            arms |= _peer(make, graphs and peer != REFERENCE)
+        except Unavailable as reason:
+            result["left_out"].setdefault(f"{peer} {reason}", []).append(text)
+    eager = [name for name in arms if name.startswith(REFERENCE)]
+    times = per_step(arms, repeats, graphs=graphs, eager=eager, warm_up=WARM_UP, turned=turned)
+    for name, taken in times.items():
+        place = {"batch": text, "kind": work.kind, "arm": name}
+        row: dict[str, Any] = {**place, **_summary(taken), "sets": work.sets}
+        if arm := own.get(name):
+            row |= {"selector": arm.selector.name, **arm.counted()}
+            if complaint := arm.complaint() or _fits_in_cache(row):
+                result["refused"].append(f"{text}, {name}: {complaint}")
+                continue
+            if profile and on_gpu:
+                row["kernels_us"] = kernel_times(arm.steps[:PROFILED_SETS])
+        result["rows"].append(row)
 
 
 def _refuse_what_takes_minutes(text: str, requests: Sequence[Request]) -> None:
@@ -140,35 +162,24 @@ def _own_arms(work: Workload, selectors: Sequence[str], share: float) -> dict[st
     return {name: EntmaxArm(work, selector_of(name, longest, share, size)) for name in selectors}
 
 
-def _peer(
-    name: str, make: Callable[[], dict[str, list[Step]]], left_out: dict[str, str]
-) -> dict[str, list[Step]]:
-    """A peer's arms, whose steps have run once; none if they cannot, and then why in `left_out`."""
+def _peer(make: Callable[[], dict[str, list[Step]]], graphs: bool) -> dict[str, list[Step]]:
+    """A peer's arms, whose steps have run once.
+
+    graphs: whether its steps will be captured.
+
+    Raises Unavailable if they cannot.
+    """
     try:
         made = make()
         for steps in made.values():
             steps[0]()
-    except Unavailable as error:
-        left_out[name] = str(error)
+            if graphs:
+                graph_of(steps[:1])
+    except Unavailable:
+        raise
     except Exception as error:  # another project's kernels may fail in any way
-        left_out[name] = f"failed: {type(error).__name__}: {error}"
-    else:
-        return made
-    return {}
-
-
-def _time(
-    work: Workload,
-    arms: dict[str, list[Step]],
-    rest: dict[str, list[Step]],
-    repeats: int,
-    turned: Callable[[], object],
-) -> dict[str, list[float]]:
-    """Microseconds of a step, turn after turn; `rest` are single calls, not in graphs."""
-    graphs = work.shape.device == "cuda" and work.kind == "decode"
-    times = per_step(arms, repeats, graphs=graphs, warm_up=WARM_UP, turned=turned)
-    alone = {name: steps[0] for name, steps in rest.items()}
-    return times | alternate(alone, repeats, WARM_UP)
+        raise Unavailable(f"failed: {type(error).__name__}: {error}") from error
+    return made
 
 
 def _summary(taken: list[float]) -> dict[str, float]:

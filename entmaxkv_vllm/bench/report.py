@@ -38,7 +38,9 @@ def table(result: dict[str, Any]) -> str:
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         lines.append("  ".join(padded).rstrip())
-    lines += [f"left out: {name} {why}" for name, why in result["left_out"].items()]
+    for why, batches in result["left_out"].items():
+        where = "" if batches == result["batches"] else f" ({', '.join(batches)})"
+        lines.append(f"left out: {why}{where}")
     lines += [f"REFUSED: {text}" for text in result["refused"]]
     return "\n".join(lines)
 

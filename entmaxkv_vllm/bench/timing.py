@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def per_step(
     repeats: int,
     *,
     graphs: bool,
+    eager: Collection[str] = (),
     calls: int = 1,
     warm_up: int = 3,
     turned: Callable[[], object] = lambda: None,
@@ -78,14 +79,15 @@ def per_step(
     """Microseconds of one step of each arm, one value per turn.
 
     arms: the steps of each, as many as there are sets of pages; a turn takes all of them.
-    graphs: whether a turn is one CUDA graph. Else it is a row of calls.
+    graphs: whether a turn is one CUDA graph. Else, and of arms in `eager`, it is a row of calls.
     calls: how often a turn takes all steps, at least.
     """
     turns: dict[str, Step] = {}
     steps_of: dict[str, int] = {}
     for name, steps in arms.items():
-        rounds = max(calls, -(-GRAPH_STEPS // len(steps)) if graphs else 1)
-        turns[name] = graph_of(steps * rounds).replay if graphs else _row(steps * rounds)
+        captured = graphs and name not in eager
+        rounds = max(calls, -(-GRAPH_STEPS // len(steps)) if captured else 1)
+        turns[name] = graph_of(steps * rounds).replay if captured else _row(steps * rounds)
         steps_of[name] = len(steps) * rounds
     times = alternate(turns, repeats, warm_up, turned)
     return {name: [us / steps_of[name] for us in taken] for name, taken in times.items()}
