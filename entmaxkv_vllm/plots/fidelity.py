@@ -74,8 +74,11 @@ def dropped_mass(result: Mapping[str, Any]) -> Any:
 
 def _set_up(axis: Any) -> None:
     axis.set_yscale("symlog", linthresh=SMALLEST)
+    axis.set_yticks([0, 1e-8, 1e-6, 1e-4, 1e-2, 1])
+    axis.minorticks_off()
     axis.set_ylim(-SMALLEST / 4, 1.5)
     axis.set_xlim(0, 1)
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.set_xlabel("pages read, share of those held")
 
