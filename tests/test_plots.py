@@ -154,6 +154,29 @@ def test_budgets_of_a_selector_are_one_line_of_the_means_over_layers(matplotlib,
     ]
 
 
+def study_row(selector, read, mass, **place):
+    return {"selector": selector, "pages_read": read, "dropped_mass": mass, **place}
+
+
+def test_a_study_of_selectors_has_a_panel_for_each_kind_of_heads(matplotlib):
+    short, long = ({"keys": "skewed", "length": n, "needle": False} for n in (1024, 8192))
+    rows = [
+        study_row("gaussian", 0.5, 0.1, **short),
+        study_row("gaussian, quantile 0.5", 0.6, 0.01, **long),
+        study_row("gaussian", 0.3, 0.2, **long),
+        study_row("guard 1.5%, reach 2", 0.3, 0.2, **long),
+        study_row("gaussian", 0.9, 0.0, **long | {"needle": True}),
+    ]
+    recorded = [study_row("topk, 3%", 0.03, 0.4, model="twin", layer=n) for n in (0, "all")]
+    study = fidelity.study_of({"synthetic": rows, "recorded": recorded})
+    assert study == {
+        "skewed keys, 8k": {"gaussian": [(0.6, 0.01), (0.3, 0.2)]},
+        "recorded: twin": {"topk": [(0.03, 0.4)]},
+    }
+    figure = fidelity.dropped_mass(HEADER | {"synthetic": rows, "recorded": recorded})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == list(study)
+
+
 def test_a_result_of_something_else_has_nothing_to_draw(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text(json.dumps(HEADER | {"rows": [{"anything": 1}]}))

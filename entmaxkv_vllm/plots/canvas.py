@@ -9,6 +9,8 @@ COLORS = {
     "topk": "#c8553d",
     "gaussian": "#7b9e42",
     "entmax": "#1f6f8b",
+    "adaptive": "#8a4f9e",
+    "unguarded": "#c9a6d6",
     "fa3": "#555555",
     "triton_attn": "#a08cc0",
     "sdpa": "#b0a070",

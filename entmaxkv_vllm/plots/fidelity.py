@@ -52,8 +52,10 @@ def dropped_mass(result: Mapping[str, Any]) -> Any:
     """Dropped mass against the share of pages read; None without any.
 
     Of one selector a point for each layer; of several the mean over layers, with a line for each
-    context through the budgets of one kind.
+    context through the budgets of one kind. Of a study of selectors a panel for each kind of heads.
     """
+    if study := study_of(result):
+        return _panels(study, result)
     drops = drops_of(result)
     if not drops:
         return None
@@ -62,15 +64,70 @@ def dropped_mass(result: Mapping[str, Any]) -> Any:
         _by_layer(axis, drops)
     else:
         _by_budget(axis, drops)
-    axis.set_yscale("symlog", linthresh=SMALLEST)
-    axis.set_ylim(-SMALLEST / 4, 1.5)
-    axis.set_xlim(0, 1)
-    axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axis.set_xlabel("pages read, share of those held")
+    _set_up(axis)
     axis.set_ylabel("dropped mass: exact weight on unread tokens")
     axis.legend(fontsize=7)
     model = f"model {result.get('model', 'unknown')}"
     finish(figure, "Dropped mass against budget", f"{model}; {provenance(result)}")
+    return figure
+
+
+def _set_up(axis: Any) -> None:
+    axis.set_yscale("symlog", linthresh=SMALLEST)
+    axis.set_yticks([0, 1e-8, 1e-6, 1e-4, 1e-2, 1])
+    axis.minorticks_off()
+    axis.set_ylim(-SMALLEST / 4, 1.5)
+    axis.set_xlim(0, 1)
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.set_xlabel("pages read, share of those held")
+
+
+Study = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def study_of(result: Mapping[str, Any]) -> Study:
+    """Points (pages read, mean dropped mass) of a study of selectors, by kind of heads and family.
+
+    A selector is named `FAMILY, SETTING`. Synthetic heads are the longest ones without a needle,
+    recorded ones all layers together. Families with a number in their name are variants of others.
+    """
+    synthetic, recorded = result.get("synthetic", ()), result.get("recorded", ())
+    longest = max((row["length"] for row in synthetic), default=0)
+    rows = [
+        (f"{row['keys']} keys, {thousands(row['length'])}", row)
+        for row in synthetic
+        if row["length"] == longest and not row["needle"]
+    ]
+    rows += [(f"recorded: {row['model']}", row) for row in recorded if row["layer"] == "all"]
+    study: Study = {}
+    for place, row in rows:
+        family = row["selector"].partition(",")[0]
+        if not any(letter.isdigit() for letter in family):
+            points = study.setdefault(place, {}).setdefault(family, [])
+            points.append((row["pages_read"], row["dropped_mass"]))
+    return study
+
+
+def _panels(study: Study, result: Mapping[str, Any]) -> Any:
+    columns = min(3, len(study))
+    rows = -(-len(study) // columns)
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(max(6.4, 3.6 * columns), 2.9 * rows), squeeze=False, sharey=True
+    )
+    for axis, (place, families) in zip(axes.flat, study.items(), strict=False):
+        for family, points in families.items():
+            reads, masses = zip(*sorted(points), strict=True)
+            color = COLORS.get(family)
+            axis.plot(reads, masses, "o-", markersize=3, linewidth=1, color=color, label=family)
+        _set_up(axis)
+        axis.set_title(place, fontsize=9, loc="left")
+    for axis in axes.flat[len(study) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean dropped mass")
+    axes[0][0].legend(fontsize=7)
+    finish(figure, "Dropped mass against budget", provenance(result))
     return figure
 
 
