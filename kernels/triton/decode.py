@@ -137,7 +137,7 @@ def decode(
         "EXACT_ROWS": exact_rows is not None,
         "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
         "CERTIFY": (BOUNDED.value if shape.certified else 1) if certified else 0,
-        "BC": shape.certificate_tile,
+        "BC": shape.certificate_tile(4),
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
@@ -254,6 +254,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     parts = (shape.value_parts, shape.query_heads, shape.batch)
     warps = _attend_warps(shape)
     values = {
+        "BC": shape.certificate_tile(warps),
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }

@@ -250,10 +250,9 @@ class Shape:
             return max(256, power_of_two(self.max_pages))
         return 1024 if self.max_pages <= 1 << 15 else 2048
 
-    @property
-    def certificate_tile(self) -> int:
-        """Pages that a program that certifies looks at together."""
-        return min(max(128, power_of_two(self.max_pages)), 4096)
+    def certificate_tile(self, warps: int) -> int:
+        """Pages that a program of so many warps weighs together: at most 16 a thread."""
+        return min(power_of_two(self.max_pages), 512 * warps)
 
     @property
     def most_members(self) -> int:
