@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --durations=10
 STAMPS := $(VENV)/.entmaxkv-$(firstword $(shell pwd | cksum))
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint pictures setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/run
@@ -27,6 +27,10 @@ lint: $(STAMPS)/develop
 	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/entmaxkv_kernels
 	MYPYPATH=build/mypy $(BIN)/mypy -p entmaxkv_kernels
 	MYPYPATH=build/mypy $(BIN)/mypy
+
+pictures: $(STAMPS)/develop
+	rm -f docs/pictures/*.svg
+	$(BIN)/entmaxkv plot docs/results/*.json --out docs/pictures
 
 setup: $(STAMPS)/run
 

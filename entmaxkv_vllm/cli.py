@@ -4,10 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from entmaxkv_vllm import DEMO_MODEL, __version__
-from entmaxkv_vllm.config import SELECTORS
+from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
+from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +35,67 @@ def parser() -> argparse.ArgumentParser:
         doctor.add_argument(
             option, type=_json_object, default={}, help="JSON, as for vllm serve; with a model"
         )
+    plot = commands.add_parser("plot", help="draw results of benchmarks and fidelity measurements")
+    plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON")
+    plot.add_argument("--out", type=Path, required=True, help="the folder for SVG files")
+
+    _add_bench(commands.add_parser("bench", help="time the kernels, or a server under load"))
     return top
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(dest="benchmark", required=True)
+
+    kernels = kinds.add_parser(
+        "kernels", help="attention alone, beside FlashAttention-3, TRITON_ATTN, SDPA, FlashInfer"
+    )
+    kernels.add_argument(
+        "batches", nargs="+", metavar="BATCH", help="such as 1q1s128k, 8q1s32k, q2k, 2q1k_32q1s4k"
+    )
+    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
+    kernels.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    asked = Options()
+    for name, help in (
+        ("query-heads", None),
+        ("kv-heads", None),
+        ("head-size", None),
+        ("page-size", None),
+        ("dtype", "of the cache, on a GPU"),
+        ("data", "the keys: normal numbers, or topics that last some 128 tokens"),
+        ("support", "share of the tokens that exact attention gives weight"),
+        ("share", "share of the longest context that topk reads"),
+        ("table-tokens", "room of the block table; at least the longest context"),
+        ("repeats", "turns of each arm"),
+        ("seed", None),
+    ):
+        default = getattr(asked, name.replace("-", "_"))
+        kernels.add_argument(
+            f"--{name}",
+            type=type(default),
+            default=default,
+            choices={"page-size": PAGE_SIZES, "dtype": DTYPES, "data": DATA}.get(name),
+            help=f"{help}; default {default}" if help else f"default {default}",
+        )
+    kernels.add_argument("--profile", action="store_true", help="add the time of each kernel")
+    kernels.add_argument("--reference-system", type=Path, help="a checkout of deep-spin/entmaxkv")
+
+    server = kinds.add_parser("server", help="a running server, such as http://127.0.0.1:8000")
+    server.add_argument("url")
+    server.add_argument("--model", help="default: the first that the server names")
+    add_load(server)
+    server.add_argument(
+        "--expect",
+        choices=EXPECTATIONS,
+        default="any",
+        help="refuse a result of another path; other: of another backend",
+    )
+    for each in (kernels, server):
+        each.add_argument("--out", type=Path, help="a JSON file to write")
+        each.add_argument("--commit", help="of a copy of the code that is no checkout")
+
+    compare = kinds.add_parser("compare", help="say whether two runs agree within their spread")
+    compare.add_argument("first", type=Path)
+    compare.add_argument("second", type=Path)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -60,9 +122,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from entmaxkv_vllm.demo import run as run_demo
 
         return run_demo(args.model, args.selector, args.tokens, args.seed, args.keep)
+    if args.command == "plot":
+        from entmaxkv_vllm.plots.draw import command
+
+        return command(args.files, args.out)
+    if args.command == "bench":
+        return _bench(args)
     from entmaxkv_vllm.doctor import run as run_doctor
 
     return run_doctor(args.model, args.additional_config, args.hf_overrides)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.benchmark == "kernels":
+        from entmaxkv_vllm.bench.kernels import command
+
+        return command(args)
+    if args.benchmark == "server":
+        from entmaxkv_vllm.bench.server import command
+
+        return command(args)
+    from entmaxkv_vllm.bench.report import command
+
+    return command(args)
 
 
 if __name__ == "__main__":

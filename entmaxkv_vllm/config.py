@@ -52,6 +52,8 @@ class EntmaxKVConfig:
         exact_below: contexts up to this many tokens always decode exactly.
         implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
             CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
+        certificate: whether `topk` counts what its steps can prove of their own exactness.
+        layer_metrics: whether /metrics tells the counters of each layer, too.
         sources: where each value came from, by field name.
     """
 
@@ -62,6 +64,8 @@ class EntmaxKVConfig:
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
     implementation: str = "auto"
+    certificate: bool = False
+    layer_metrics: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def head_alphas(self, first_head: int, num_heads: int) -> float | tuple[float, ...]:
@@ -129,6 +133,10 @@ def resolve(
             values.get("implementation", defaults["implementation"]),
             IMPLEMENTATIONS,
         ),
+        certificate=_flag("certificate", values.get("certificate", defaults["certificate"])),
+        layer_metrics=_flag(
+            "layer_metrics", values.get("layer_metrics", defaults["layer_metrics"])
+        ),
         sources=sources,
     )
     if config.selector != "topk" and "token_budget" in options:
@@ -136,6 +144,13 @@ def resolve(
             "token_budget",
             config.token_budget,
             f"means nothing to selector {config.selector}",
+            "leave it out, or use selector topk",
+        )
+    if config.certificate and config.selector != "topk":
+        raise ConfigurationError(
+            "certificate",
+            True,
+            f"needs bounds of what is not read, which selector {config.selector} does not keep",
             "leave it out, or use selector topk",
         )
     if config.token_budget < config.page_size:
@@ -249,6 +264,12 @@ def _one_alpha(setting: str, value: Any) -> float:
 def _choice(setting: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ConfigurationError(setting, value, "is unknown", _suggestion(str(value), choices))
+    return value
+
+
+def _flag(setting: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(setting, value, "is not a boolean", "give true or false")
     return value
 
 

@@ -181,6 +181,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     ) -> None:
         """Decode as many sequences at a time as scratch is planned for."""
         sparse = bool(pages.layout.statistics)
+        certificates = self._certificates(query)
         for first in range(0, rows.count, scratch.DECODE_ROWS):
             part = slice(first, min(rows.count, first + scratch.DECODE_ROWS))
             decode(
@@ -193,6 +194,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 exact_below=self.config.exact_below,
                 counters=self.counters.row(index, query.device),
                 out=output[part],
+                certificate=None if certificates is None else certificates[: part.stop - first],
                 after_append=after_append and first == 0,
                 **options,
             )
@@ -247,6 +249,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
     def _prepare(self, layer: AttentionLayer, query: torch.Tensor) -> None:
         """While vLLM profiles its memory: take what steps will take, and what graphs will read."""
         self._workspace(query)
+        self._certificates(query)
         self.counters.row(self.index_of(layer), query.device)
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
@@ -271,9 +274,15 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self.max_sequences,
             self.selector,
             self.config.exact_below,
+            self.config.certificate,
             query.device,
         )
         return scratch.take(size, query.device)
+
+    def _certificates(self, query: torch.Tensor) -> torch.Tensor | None:
+        if not self.config.certificate:
+            return None
+        return scratch.certificates(self.num_heads, query.device)
 
     def index_of(self, layer: AttentionLayer) -> int:
         """Index of `layer` in the whole model."""

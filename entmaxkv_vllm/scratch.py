@@ -30,6 +30,7 @@ def plan(
     max_sequences: int,
     selector: Selector,
     exact_below: int,
+    certificate: bool,
     device: torch.device,
 ) -> int:
     """Bytes that decode and prefill of one layer need, whichever is more.
@@ -48,6 +49,7 @@ def plan(
         max_tokens,
         selector=selector,
         exact_below=exact_below,
+        certificate=certificate,
         device=device,
         most=MOST_BYTES,
     )
@@ -63,3 +65,10 @@ def take(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return torch.empty(size, dtype=torch.uint8)
     return current_workspace_manager().get_simultaneous(((size,), torch.uint8))[0]
+
+
+@cache
+def certificates(num_heads: int, device: torch.device) -> torch.Tensor:
+    """[DECODE_ROWS, num_heads] that every layer writes its certificates to: the counters keep what
+    there is to know of them."""
+    return torch.empty(DECODE_ROWS, num_heads, dtype=torch.float32, device=device)

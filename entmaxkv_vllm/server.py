@@ -96,14 +96,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """This project's samples on /metrics, summed over labels, by name."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
-            lines = reply.read().decode().splitlines()
-        totals: dict[str, float] = {}
-        for line in lines:
-            if line.startswith("entmaxkv_"):
-                name, value = line.partition("{")[0].split()[0], line.rsplit(maxsplit=1)[1]
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return totals
+        return read_metrics(self.url)
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -123,6 +116,18 @@ class Server:
                 self._waiting(waited)
                 time.sleep(0.5)
         raise ServerError(f"no answer within {START_SECONDS} s:\n{self.log_tail()}")
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """This project's samples on a server's /metrics, summed over labels, by name."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    totals: dict[str, float] = {}
+    for line in lines:
+        if line.startswith("entmaxkv_"):
+            name, value = line.partition("{")[0].split()[0], line.rsplit(maxsplit=1)[1]
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
 
 
 def _free_port() -> int:

@@ -193,6 +193,7 @@ def decode(
     counters: Tensor | None = None,
     out: Tensor | None = None,
     after_append: bool = False,
+    certificate: Tensor | None = None,
     workspace: Tensor | None = None,
     implementation: str = "reference",
 ) -> Tensor:
@@ -215,6 +216,9 @@ def decode(
     after_append: the call before on this stream was `append` with the newest token of every
         sequence of a batch that these are part of, and nothing else. The compiled kernels read
         older pages while it still runs; results are the same.
+    certificate: [B, query_heads] fp32 to write to how much exact attention weighs unread tokens at
+        most, in [0, 1]: 0 proves that the output is the exact one, 1 says nothing. The gaussian
+        selector bounds nothing: it gives 1 unless every page was read. 0 for padding.
     workspace: [bytes] uint8, scratch memory of the compiled kernels, as much as
         `decode_workspace_size` says; without it they allocate.
 
@@ -223,7 +227,7 @@ def decode(
     """
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
     alphas = check_alpha(alpha, query.shape[1])
-    check_decode(query, cache, seq_lens, alphas, selector, exact_rows, counters)
+    check_decode(query, cache, seq_lens, alphas, selector, exact_rows, counters, certificate)
     check_scales(cache, key_scale, value_scale)
     compute = _load(
         implementation,
@@ -235,6 +239,7 @@ def decode(
         exact_rows=exact_rows,
         counters=counters,
         out=out,
+        certificate=certificate,
     )
     return compute.decode(
         query,
@@ -252,6 +257,7 @@ def decode(
         out=torch.empty_like(query) if out is None else out,
         value_scale=float(value_scale),
         after_append=after_append,
+        certificate=certificate,
         **_scratch(implementation, workspace, query),
     )
 

@@ -30,6 +30,27 @@ class Counter(IntEnum):
     QUERY_HEADS = 5
     """Query heads that SUPPORT was summed over: SUPPORT / QUERY_HEADS is the mean support."""
 
+    CERTIFIED = 6
+    """Query heads whose certificate is 0: their output is the exact one. This and the following
+    count by the size of the certificate, where one is asked for."""
+
+    BOUND_TO_1E_4 = 7
+    """Query heads whose certificate is above 0 and at most 1e-4."""
+
+    BOUND_TO_1E_3 = 8
+    BOUND_TO_1E_2 = 9
+    BOUND_TO_1E_1 = 10
+
+    BOUND_BELOW_1 = 11
+    """Those whose certificate is above 0.1 and below 1."""
+
+    VACUOUS = 12
+    """Those whose certificate is 1, which says nothing."""
+
+
+BOUND_LIMITS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""The largest certificates that count as BOUND_TO_1E_4 and so on."""
+
 
 @dataclass(frozen=True)
 class DecodeReport:

@@ -159,6 +159,7 @@ def check_decode(
     selector: Selector,
     exact_rows: Tensor | None,
     counters: Tensor | None,
+    certificate: Tensor | None = None,
 ) -> None:
     batch, device = len(seq_lens), query.device
     _require(len(query) == batch, "query", f"{len(query)} tokens", f"one for each of {batch} rows")
@@ -181,6 +182,9 @@ def check_decode(
         _tensor("exact_rows", exact_rows, (batch,), (torch.bool,), device)
     if counters is not None:
         _tensor("counters", counters, (len(Counter),), (torch.int64,), device)
+    if certificate is not None:
+        shape = (batch, query.shape[1])
+        _tensor("certificate", certificate, shape, (torch.float32,), device)
 
 
 def check_compiled(cache: PagedCache) -> None:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Step, about, alternate
 
 from entmaxkv_kernels import PageLayout, allocate_pages, append, prefill, split_pages
 from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
 from entmaxkv_kernels.triton import prefill_workspace_size
+from entmaxkv_vllm.bench.provenance import about
+from entmaxkv_vllm.bench.timing import Step, per_step
 
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE, ALPHA = 32, 8, 128, 16, 1.5
 GROUP, BLOCK = QUERY_HEADS // KV_HEADS, 64
@@ -142,11 +143,13 @@ def measure(context: int, wanted: float, adasplash: bool, repeats: int) -> dict[
         arms["adasplash"] = lambda: adasplash_attention(q, k, v, alpha=ALPHA, is_causal=True)
     calls = max(1, CALL_TOKENS // context)
 
-    def turn(step: Step) -> Step:
-        return lambda: [step() for _ in range(calls)]
-
-    turns = alternate({name: turn(step) for name, step in arms.items()}, repeats, warm_up=2)
-    times = {name: [us / calls for us in values] for name, values in turns.items()}
+    times = per_step(
+        {name: [step] for name, step in arms.items()},
+        repeats,
+        graphs=False,
+        calls=calls,
+        warm_up=2,
+    )
     us = {name: statistics.median(values) for name, values in times.items()}
     worst = 0.0
     for head, block in ((0, 0), (13, context // BLOCK // 2), (31, context // BLOCK - 1)):

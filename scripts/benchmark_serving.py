@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import about
+
+from entmaxkv_vllm.bench.provenance import about
 
 SHAPES: dict[str, dict[str, int]] = {
     "1B": {

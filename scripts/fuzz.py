@@ -20,7 +20,8 @@ import torch
 from fuzz_cases import Refused
 from fuzz_families import DEVICE, FAMILIES
 from fuzz_groups import NUMBERS, run_group
-from timing import checked_out
+
+from entmaxkv_vllm.bench.provenance import checked_out
 
 GRACE = 60
 """Seconds after the deadline in which the group that a worker has begun must end."""

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import triton
-from timing import checked_out
+
+from entmaxkv_vllm.bench.provenance import checked_out
 
 TOOLS = {
     # Whether a call of CUDA fails is for the cases to say: PyTorch makes some to see if they do.

@@ -63,6 +63,7 @@ class Case:
     window: int | None = None
     least: bool = False
     chunk: int = 0
+    certified: bool = False
 
 
 CASES = {
@@ -71,6 +72,11 @@ CASES = {
     "top-k": Case(selector=TopK(48)),
     "top-k of a wide table": Case(selector=TopK(48), width=2100),
     "top-k of a long row": Case(selector=TopK(4800), width=2100, lens=(33000, 0, 33)),
+    "top-k, certified": Case(selector=TopK(48), certified=True),
+    "top-k of a long row, certified": Case(
+        selector=TopK(4800), width=2100, lens=(33000, 0, 33), certified=True
+    ),
+    "top-k by fallback, certified": Case(FP16, selector=TopK(96), least=True, certified=True),
     "top-k, softmax": Case(alpha=1.0, selector=TopK(48)),
     "gaussian": Case(selector=Gaussian()),
     "softmax": Case(alpha=1.0),
@@ -143,12 +149,17 @@ def run(case: Case) -> None:
         expected = prefill(*context, starts, **on_host)
         prefill(*device, *to_device(starts), **on_chip, workspace=scratch(size))
     else:
-        shape_of = step_shape(device[0], device[1], device[2], case.selector, 0)
+        shape_of = step_shape(device[0], device[1], device[2], case.selector, 0, case.certified)
         size = shape_of.least_size if case.least else shape_of.good_size
         counters, selector = torch.zeros(len(Counter), dtype=torch.int64), case.selector
-        expected = decode(*context, **on_host, selector=selector)
+        certificate = torch.full((batch, heads), torch.nan) if case.certified else None
+        (own_certificate,) = to_device(certificate)
+        expected = decode(*context, **on_host, selector=selector, certificate=certificate)
         on_chip |= {"selector": selector, "workspace": scratch(size)}
-        decode(*device, **on_chip, counters=counters.to(DEVICE))
+        on_chip |= {"certificate": own_certificate, "counters": counters.to(DEVICE)}
+        decode(*device, **on_chip)
+        if certificate is not None:
+            assert_close(own_certificate, certificate, 1e-3)
     assert_close(out, expected, 8 * max(2**-16, torch.finfo(case.dtype).eps))
 
 

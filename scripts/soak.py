@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import about
+
+from entmaxkv_vllm.bench.provenance import about
 
 PREFIXES = 12
 LONGEST = 4096

@@ -231,6 +231,11 @@ SCHEDULING = (
         gpu=f"{GPU}test_sparse_selectors_read_less_and_give_the_reference_s_tokens",
     ),
     Line(
+        "counters of what steps prove (`certificate`)",
+        engine=options(selector="topk", certificate=True),
+        cpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",
+    ),
+    Line(
         "statistics after reuse, preemption and shared prefixes",
         engine=options(selector="gaussian"),
         cpu=f"{STATISTICS}test_at_every_decode_step_every_page_holds_the_statistics_of_its_own_rows",

@@ -7,11 +7,10 @@ from typing import Any
 
 from tables import put_tables, table_lines
 
+from entmaxkv_vllm.bench.report import ASKED, READING_LIMIT, TITLES, cells
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
-PEAK = {"NVIDIA H200": 4.26e12}
-"""Bytes per second that reading alone reaches, measured."""
-
 EXACT_AT_LEAST = {8192: 0.97, 32768: 1.1, 131072: 1.48, 524288: 1.65, 1048576: 1.72}
 SPARSE_AT_LEAST = {8192: 1.1, 32768: 2.1, 131072: 3.7, 524288: 5.7, 1048576: 6.6}
 """Ratios asked for, at 32 query and 8 KV heads of 128 and one sequence."""
@@ -78,11 +77,16 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
         launches = ", ".join(
             f"{name.removesuffix('_kernel')} {us:.1f}" for name, us in row["kernels_us"].items()
         )
-        limit = row["bytes"] / PEAK[result["gpu"]] * 1e6
+        limit = row["bytes"] / READING_LIMIT[result["gpu"]] * 1e6
         size = f"{row['bytes'] / 1e6:.1f} MB"
         place = row["kernel"], thousands(row["context"])
         rows.append((*place, size, f"{limit:.1f}", f"{row['us']:.1f}", launches))
     return table_lines(titles, rows)
+
+
+def bench_table(result: dict[str, Any]) -> list[str]:
+    asked = (f"{name} {result[name]}" for name in ASKED)
+    return [f"Asked: {', '.join(asked)}.", "", *table_lines(TITLES, cells(result["rows"]))]
 
 
 def prefill_table(result: dict[str, Any]) -> list[str]:
@@ -226,6 +230,7 @@ SECTIONS = (
         "Decode with `gaussian`, keys in topics, support 1%",
         decode_table,
     ),
+    ("bench-h200.json", "Beside other kernels, by `entmaxkv bench`", bench_table),
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),

@@ -45,9 +45,19 @@ def test_an_override_wins_over_the_checkpoint_however_it_is_spelled(overrides):
 
 def test_additional_config_wins_over_the_checkpoint():
     config = settle(alpha=2, selector="topk", token_budget=512, page_size=32, dense_layers=[1, 0])
+    assert config.certificate is False
+    assert settle(selector="topk", certificate=True).certificate is True
     assert (config.alpha, config.selector, config.token_budget) == (2.0, "topk", 512)
     assert (config.page_size, config.dense_layers) == (32, (0, 1))
     assert config.sources["alpha"] == "--additional-config"
+
+
+@pytest.mark.parametrize("value", [1, "true", None])
+def test_a_flag_is_true_or_false_and_nothing_like_it(value):
+    assert settle(layer_metrics=True).layer_metrics is True
+    assert settle().layer_metrics is False
+    with pytest.raises(ConfigurationError, match=r"layer_metrics=.*give true or false"):
+        settle(layer_metrics=value)
 
 
 @pytest.mark.parametrize("key", ["entmax_alpha", "adasplash_alpha", "initial_alpha"])
@@ -100,6 +110,14 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
             {"selector": "gaussian", "token_budget": 64},
             r"token_budget=64 means nothing to selector gaussian; leave it out",
             id="budget-without-topk",
+        ),
+        pytest.param(
+            {"selector": "topk", "certificate": 1}, r"certificate=1 is not a", id="certificate-1"
+        ),
+        pytest.param(
+            {"certificate": True},
+            r"certificate=True needs bounds .* selector exact .*use selector topk",
+            id="certificate-without-topk",
         ),
         pytest.param({"page_size": 16.0}, r"page_size=16.0 is not usable", id="page-size-a-float"),
         pytest.param({"alpha": 1.001}, r"too close to 1", id="alpha-hardly-above-1"),

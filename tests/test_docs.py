@@ -1,13 +1,19 @@
 """Numbers in the documentation are the ones in the raw data."""
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import check_certificate
 import measure_fidelity
 import pytest
 import soak
+import tabulate_guide
 import tabulate_kernels
+
+from entmaxkv_kernels import Gaussian, PageLayout, TopK
+from entmaxkv_vllm import config
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
@@ -26,6 +32,38 @@ def test_the_kernels_page_shows_its_result_files():
     tables = tabulate_kernels.tables()
     assert tables in (DOCS / "kernels.md").read_text()
     assert all(f"(results/{path.name})" in tables for path in DOCS.glob("results/*h200*.json"))
+
+
+def test_the_guide_shows_its_result_files():
+    assert tabulate_guide.table() in (DOCS / "guide.md").read_text()
+
+
+def test_the_guide_quotes_messages_that_the_package_prints():
+    guide = (DOCS / "guide.md").read_text()
+    symptoms = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")]
+    quoted = {text for symptom in symptoms for text in symptom.split("`")[1::2] if " " in text}
+    quoted |= set(re.findall(r"look for `([^`]+)`", guide))
+    package = Path(config.__file__).parent
+    source = "".join(path.read_text() for path in package.rglob("*.py"))
+    assert len(quoted) >= 5
+    for text in quoted:
+        assert text in source, text
+
+
+def test_the_guide_is_right_about_defaults_and_about_memory():
+    guide = (DOCS / "guide.md").read_text()
+    defaults = {field.name: field.default for field in fields(config.EntmaxKVConfig)}
+    assert defaults["selector"] == "exact" and "`exact`, the default" in guide
+    assert f"`exact_below` ({defaults['exact_below']})" in guide
+    assert f"pages of {defaults['page_size']} tokens" in guide
+    added = [
+        PageLayout(16, head_size, selector.statistics).elements_per_page
+        / PageLayout(16, head_size).elements_per_page
+        - 1
+        for selector in (Gaussian, TopK)
+        for head_size in (64, 80, 96, 128, 256)
+    ]
+    assert f"up to {max(added):.2%}" in guide
 
 
 def test_measured_steps_read_what_they_say():

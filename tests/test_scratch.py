@@ -10,9 +10,13 @@ from entmaxkv_vllm import scratch
 CPU = torch.device("cpu")
 
 
-def plan(selector, max_tokens=1 << 17, max_sequences=256, heads=(32, 8, 128, 16)):
+def plan(
+    selector, max_tokens=1 << 17, max_sequences=256, heads=(32, 8, 128, 16), certificate=False
+):
     dtypes = torch.bfloat16, torch.bfloat16
-    return scratch.plan(*heads, *dtypes, max_tokens, max_sequences, selector, 2048, CPU)
+    return scratch.plan(
+        *heads, *dtypes, max_tokens, max_sequences, selector, 2048, certificate, CPU
+    )
 
 
 @pytest.mark.parametrize("selector", [Exact(), Gaussian(), TopK(2048)])
@@ -48,3 +52,11 @@ def test_all_layers_share_one_block_that_does_not_move_once_it_is_locked(monkeyp
     assert (len(small), len(large)) == (1000, 5000)
     with pytest.raises(AssertionError, match="locked"):
         scratch.take(6000, gpu)
+
+
+def test_certificates_have_room_for_bounds():
+    pages, heads, rows = (1 << 17) // 16, 32, 4
+    selector = TopK(4096)
+    more = plan(selector, max_sequences=rows, certificate=True) - plan(selector, max_sequences=rows)
+    assert more >= 4 * pages * heads * rows
+    assert plan(Exact(), certificate=True) == plan(Exact())

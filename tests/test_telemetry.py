@@ -116,7 +116,20 @@ def served(instance, path):
     return engine
 
 
-def test_metrics_count_from_the_first_request_on_and_name_the_model(registry):
+LABELS = {"model_name": "needle"}
+
+
+@pytest.fixture(params=[False, True], ids=["by-model", "by-layer"])
+def by_layer(request, monkeypatch):
+    """Whether the engine's configuration asks for series of each layer."""
+    from entmaxkv_vllm import metrics
+
+    options = SimpleNamespace(layer_metrics=request.param)
+    monkeypatch.setattr(metrics, "from_vllm", lambda engine: options)
+    return request.param
+
+
+def test_metrics_count_from_the_first_request_on_and_name_the_model(registry, by_layer):
     from entmaxkv_vllm.metrics import EntmaxKVStatLogger
     from entmaxkv_vllm.plugin import BACKEND_PATH
 
@@ -126,11 +139,26 @@ def test_metrics_count_from_the_first_request_on_and_name_the_model(registry):
     EntmaxKVStatLogger(engine, 1)
     counters.row(0, CPU)[Counter.PAGES_READ] = 100
     logger.log_engine_initialized()
-    counters.row(1, CPU)[Counter.PAGES_READ] = 7
+    counters.row(0, CPU)[Counter.PAGES_READ] += 5
+    counters.row(2, CPU)[Counter.PAGES_READ] = 7
     logger.log_engine_initialized()
-    labels = {"model_name": "needle"}
-    assert registry.get_sample_value("entmaxkv_pages_read_total", labels) == 7
-    assert registry.get_sample_value("entmaxkv_pages_held_total", labels) == 0
+    assert registry.get_sample_value("entmaxkv_pages_read_total", LABELS) == 12
+    assert registry.get_sample_value("entmaxkv_pages_held_total", LABELS) == 0
+    found = [
+        registry.get_sample_value("entmaxkv_layer_pages_read_total", LABELS | {"layer": str(layer)})
+        for layer in range(LAYERS)
+    ]
+    assert found == ([5, 0, 7] if by_layer else [None] * LAYERS)
+
+
+def test_metrics_of_workers_that_started_after_the_look_at_warm_up_are_counted(registry, by_layer):
+    from entmaxkv_vllm.metrics import EntmaxKVCollector
+
+    collector = EntmaxKVCollector("one", "needle", by_layer)
+    collector.forget_warm_up()
+    telemetry.worker_counters(config("one")).row(1, CPU)[Counter.STEPS] = 3
+    registry.register(collector)
+    assert registry.get_sample_value("entmaxkv_steps_total", LABELS) == 3
 
 
 def test_a_server_with_another_backend_gets_no_metrics_of_ours(registry):

@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class Candidates(NamedTuple):
-    """Every page but the last of some sequences; each holds page_size tokens.
+    """Some sequences and their pages, of which all but the last are full and to be chosen from.
 
     query: [B, kv_heads, group, head_size] in the compute dtype.
-    statistics: [2, B, kv_heads, P, head_size] in the compute dtype; anything where not `ranked`.
+    statistics: [2, B, kv_heads, P, head_size] in the compute dtype, of the last page, too; anything
+        after it.
     ranked: [B, P] bool, the pages to choose from, at least one per sequence.
     seq_lens: [B]; the query stands at position seq_len - 1.
     scale, alpha, alibi_slopes: as in `decode`.

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..pages import PagedCache
 from ..report import Counter, DecodeReport
 from ..selectors import Exact, Selector, TopK
-from .certificate import dropped_mass_bound
+from .certificate import certificate as certificate_of
+from .certificate import count_by_size, dropped_mass_bound, round_up
 from .entmax import solve_entmax
-from .scores import scale_to_scores
+from .scores import compute_dtype, scale_to_scores
 from .select import select_pages
 
 CHUNK_ELEMENTS = 1 << 20
@@ -39,9 +40,13 @@ def decode(
     out: Tensor,
     value_scale: float = 1.0,
     after_append: bool = False,
+    certificate: Tensor | None = None,
 ) -> Tensor:
     """See `entmaxkv_kernels.decode`."""
     seq_lens = seq_lens.long()
+    bounds = None
+    if certificate is not None:
+        bounds = _bounds_of(selector, query, cache, seq_lens, sliding_window)
     selection = select_pages(
         query,
         cache,
@@ -54,14 +59,32 @@ def decode(
         sliding_window=sliding_window,
         exact_rows=exact_rows,
         exact_below=exact_below,
+        bounds=bounds,
     )
     scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
+    if certificate is not None:
+        # Where nothing bounds what was left out, the certificate says whether anything was.
+        unread = selection.held[:, None] & ~selection.selected
+        grouped_certificate = certificate.unflatten(1, (cache.key.shape[1], -1))
+        grouped_certificate.copy_(unread.any(-1)[..., None])
     support = torch.zeros((), dtype=torch.int64, device=query.device)
     grouped_out = out.unflatten(1, (cache.key.shape[1], -1)).zero_()
     for rows in attend_pages(
         scaled, cache, block_table, seq_lens, selection.selected, alpha, slopes, sliding_window
     ):
         grouped_out[rows.sequence, rows.head] = (rows.output * value_scale).to(out.dtype)
+        if bounds is not None:
+            place = rows.sequence, rows.head
+            grouped_certificate[place] = round_up(
+                certificate_of(
+                    rows.tau,
+                    bounds[place].masked_fill(selection.selected[place][:, None], -torch.inf),
+                    cache.layout.page_size,
+                    alpha.view(*bounds.shape[1:3])[rows.head]
+                    if isinstance(alpha, Tensor)
+                    else alpha,
+                )
+            )
         if counters is not None:
             support += (rows.weights > 0).sum()
     if counters is not None:
@@ -72,7 +95,21 @@ def decode(
         counters[Counter.PAGES_READ] += selection.selected.sum()
         counters[Counter.SUPPORT] += support
         counters[Counter.QUERY_HEADS] += steps * query.shape[1]
+        if certificate is not None:
+            counters[Counter.CERTIFIED :] += count_by_size(certificate[seq_lens > 0])
     return out
+
+
+def _bounds_of(
+    selector: Selector, query: Tensor, cache: PagedCache, seq_lens: Tensor, window: int | None
+) -> Tensor | None:
+    """What `select_pages` writes bounds to, [B, kv_heads, group, P] of -inf, if there are any."""
+    if not isinstance(selector, TopK) or window is not None:
+        return None
+    kv_heads, page_size = cache.key.shape[1:3]
+    pages = -(-int(seq_lens.max()) // page_size) if len(seq_lens) else 0
+    shape = (len(query), kv_heads, query.shape[1] // kv_heads, pages)
+    return torch.full(shape, -torch.inf, dtype=compute_dtype(query.dtype), device=query.device)
 
 
 class AttendedRows(NamedTuple):
@@ -205,10 +242,8 @@ def analyze_decode(
     kv_heads, page_size = cache.key.shape[1:3]
     heads = (len(query), kv_heads, query.shape[1] // kv_heads)
     scaled, slopes = scale_to_scores(query, scale, alpha, alibi_slopes)
-    pages = -(-int(seq_lens.max()) // page_size) if len(seq_lens) else 0
     whole = isinstance(selector, Exact) or sliding_window is not None
-    bounded = isinstance(selector, TopK) and not whole
-    bounds = scaled.new_full((*heads, pages), -torch.inf) if bounded else None
+    bounds = _bounds_of(selector, query, cache, seq_lens, sliding_window)
     selection = select_pages(
         query,
         cache,
@@ -254,6 +289,6 @@ def analyze_decode(
         selected=selection.selected,
         dropped_mass=dropped.flatten(1),
         support_recall=recall.flatten(1),
-        dropped_bound=bound.flatten(1) if whole or bounded else None,
+        dropped_bound=bound.flatten(1) if whole or bounds is not None else None,
         output_error=(difference.norm(dim=-1) / norm).flatten(1),
     )

@@ -55,17 +55,23 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:
-    """The same, made so much larger that no rounding, of the bounds or of scores, is in the way.
+    """The same, made so much larger that no rounding, of bounds, of scores or of a threshold by
+    scores of other pages, is in the way.
 
-    A sum of n products is wrong by at most n eps times the sum of their magnitudes.
+    A sum of n products is wrong by at most n eps times the sum of their magnitudes, which is not
+    above that of the query's times the largest that a key of the page can have.
     """
-    bounds = quest_bounds(candidates)
     center, half_width = candidates.statistics
     query, slopes = _scaled(candidates)
-    magnitude = query.abs() @ (center.abs() + half_width).mT
+    largest = center.abs().amax(-1) + half_width.amax(-1)  # [B, kv_heads, P]
+    pages = torch.arange(largest.shape[-1], device=query.device)
+    last = candidates.ranked.sum(-1)[:, None, None]
+    largest = largest.masked_fill(pages > last, 0)
+    magnitude = query.abs().sum(-1, keepdim=True) * largest[:, :, None]
     if slopes is not None:
         magnitude = magnitude + slopes.abs() * candidates.seq_lens[:, None, None, None]
-    return bounds + 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
+    rounding = 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
+    return quest_bounds(candidates) + rounding + rounding.amax(-1, keepdim=True)
 
 
 def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:

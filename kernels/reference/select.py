@@ -68,7 +68,7 @@ def select_pages(
     for rows in sparse.nonzero().squeeze(-1).split(chunk):
         ranked = page < page_count[rows, None] - 1  # every page but the last
         # Entries of the block table past the sequence are stale: read page 0 in their place.
-        ids = block_table[rows, : len(page)].long().masked_fill(~ranked, 0)
+        ids = block_table[rows, : len(page)].long().masked_fill(~held[rows], 0)
         statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
         candidates = Candidates(
             query[rows].to(dtype).unflatten(1, (kv_heads, -1)),

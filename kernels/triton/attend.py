@@ -9,6 +9,7 @@ Programs that share a head by the parts of its size solve the threshold and weig
 import triton
 import triton.language as tl
 
+from .certificate import certify
 from .counters import SUPPORT, count_step
 from .entmax import (
     EXCESS_MASS,
@@ -127,12 +128,15 @@ def store_head(
 
 @triton.jit
 def attend_kernel(
-    p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_state,
-    p_barrier, p_out, p_counters,
-    s_out_b, s_out_h, s_page, s_head, window, limit, factor, exponent, value_scale,
+    p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
+    p_barrier, p_out, p_counters, p_listed_count, p_certificate, p_bound, p_unread, p_rounding,
+    p_unread_mass, p_possible, p_arrived,
+    s_out_b, s_out_h, s_page, s_head, window, limit, factor, exponent, value_scale, page_stride,
+    s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
-    LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, COUNT: tl.constexpr,
+    LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr,
+    PSP: tl.constexpr, BC: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
@@ -180,3 +184,10 @@ def attend_kernel(
         p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h,
         value_scale, D, COUNT,
     )  # fmt: skip
+    if CERTIFY > 0:
+        peak = tl.load(p_peak + i_head)
+        certify(
+            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
+            p_arrived, p_listed_count, i_b, i_b * HKV + i_h, i_hq, i_head, i_d, n, tau, peak, b,
+            page_stride, s_certificate, P, PS, PSP, BC, DS, LISTED, CERTIFY, COUNT, ORDER, False,
+        )  # fmt: skip

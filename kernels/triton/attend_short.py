@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .attend import load_near, solve_held, store_head, sum_values
+from .certificate import certify
 from .counters import count_step
 from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
@@ -18,13 +19,15 @@ from .scores import await_previous, page_source, prefetch
 def attend_short_kernel(
     p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_score,
     p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
+    p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible, p_arrived,
     s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
-    factor, exponent, value_scale,
+    factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
     R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
@@ -33,6 +36,8 @@ def attend_short_kernel(
     their lists, and at most R in all.
     The parts repeat the solution and pack the same into the same place. Rows with more scores,
     where OVERFULL, are left to `fallback_kernel`.
+
+    CERTIFY: one more part writes the certificate, while the others wait for values.
     """
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
@@ -68,8 +73,16 @@ def attend_short_kernel(
     peak = tl.max(b_z, 0)
     # Of an empty row, or one of scores that are no numbers. Differences from the largest score are
     # exact near it, where the threshold may lie closer than the scores' own precision.
-    b_z -= tl.where(peak > -float("inf"), peak, 0.0)
+    peak = tl.where(peak > -float("inf"), peak, 0.0)
+    b_z -= peak
     tau = solve_held(b_z, -1.0, b, ORDER)
+    if CERTIFY > 0 and i_d == DS:
+        certify(
+            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
+            p_arrived, p_listed_count, i_b, i_b * HKV + i_h, i_hq, i_head, 0, n, tau, peak, b,
+            page_stride, s_certificate, P, PS, PSP, BC, 1, LISTED, CERTIFY, COUNT, ORDER, False,
+        )  # fmt: skip
+        return
     p_value += i_h.to(tl.int64) * s_head
     # Values come while their slots are packed.
     o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))

@@ -128,7 +128,7 @@ def guess_kernel(
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_exact_rows, p_reach, p_page_extreme, p_counters,
+    p_exact_rows, p_reach, p_page_extreme, p_unread, p_counters,
     s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
@@ -136,7 +136,7 @@ def collect_kernel(
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    OVERFULL: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    OVERFULL: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
@@ -162,10 +162,10 @@ def collect_kernel(
     PAGES: tl.constexpr = BN // P
     if CHOOSING:
         list_own(
-            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme,
-            p_listed, p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
-            page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, PS, PSP, EXACT_ROWS, COUNT,
-            CHAINED,
+            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
+            p_listed_count, p_unread, p_counters, i_b, i_h, i_row, i_s, s_block_table,
+            list_stride, page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, PS, PSP,
+            EXACT_ROWS, CERTIFY, COUNT, CHAINED,
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)

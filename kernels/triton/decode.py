@@ -11,6 +11,7 @@ from ..reference.entmax import exponent, score_factor
 from ..selectors import Exact, Gaussian, Selector, TopK
 from .attend import attend_kernel
 from .attend_short import attend_short_kernel
+from .certificate import BOUNDED
 from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
 from .filter import filter_kernel
@@ -30,6 +31,15 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 """What the kernels are given of a choice of pages where there is none."""
 
 
+NO_BOUNDS: dict[str, Any] = dict.fromkeys(
+    ("p_bound", "p_unread", "p_rounding", "p_unread_mass", "p_possible", "p_arrived")
+)
+"""What they are given of bounds where nothing is certified by any."""
+
+BOX_REGISTERS = 168
+"""Registers of a thread that keeps bounds as well: with more, a third program has no room."""
+
+
 def decode(
     query: Tensor,
     cache: PagedCache,
@@ -47,6 +57,7 @@ def decode(
     out: Tensor,
     value_scale: float = 1.0,
     after_append: bool = False,
+    certificate: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """See `entmaxkv_kernels.decode`; fp8, fp16, bf16 and fp32.
@@ -60,7 +71,8 @@ def decode(
         return out
     if sliding_window is not None:
         selector = Exact()  # every page inside the window is read
-    shape = step_shape(query, cache, block_table, selector, exact_below)
+    certified = certificate is not None
+    shape = step_shape(query, cache, block_table, selector, exact_below, certified)
     if workspace is None:
         workspace = torch.empty(shape.good_size, dtype=torch.uint8, device=query.device)
     if workspace.numel() < shape.least_size:
@@ -83,10 +95,12 @@ def decode(
         "p_slopes": alibi_slopes,
         "p_out": out,
         "p_counters": counters,
+        "p_certificate": certificate,
         "s_query_b": query.stride(0),
         "s_query_h": query.stride(1),
         "s_out_b": out.stride(0),
         "s_out_h": out.stride(1),
+        "s_certificate": 0 if certificate is None else certificate.stride(0),
         "s_page": cache.key.stride(0),
         "s_head": cache.key.stride(1),
         "s_block_table": block_table.stride(0),
@@ -123,6 +137,8 @@ def decode(
         "ALIBI": alibi_slopes is not None,
         "EXACT_ROWS": exact_rows is not None,
         "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
+        "CERTIFY": (BOUNDED.value if shape.certified else 1) if certified else 0,
+        "BC": shape.certificate_tile(4),
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
@@ -132,7 +148,7 @@ def decode(
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not arguments["GUESSED"]
     choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
-    arguments = NO_CHOICE | arguments | {"CHOOSING": choosing}
+    arguments = NO_CHOICE | NO_BOUNDS | arguments | {"CHOOSING": choosing}
     if not isinstance(selector, Exact):
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)
@@ -150,6 +166,7 @@ def step_shape(
     block_table: Tensor,
     selector: Selector,
     exact_below: int,
+    certified: bool = False,
 ) -> Shape:
     """What the launches of a step depend on."""
     kv_heads, page_size = cache.key.shape[1:3]
@@ -164,6 +181,7 @@ def step_shape(
         processors(query.device),
         selector.name,
         budget_of(selector, page_size, exact_below),
+        certified and isinstance(selector, TopK),
     )
 
 
@@ -197,7 +215,8 @@ def _list_pages(
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
     tiles = (shape.list_tiles, *rows[1:])
     if isinstance(selector, TopK):
-        _chain(box_kernel, rows, arguments)
+        registers = BOX_REGISTERS if arguments["CERTIFY"] else None
+        _chain(box_kernel, rows, arguments, maxnreg=registers)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
@@ -236,12 +255,15 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     parts = (shape.value_parts, shape.query_heads, shape.batch)
     warps = _attend_warps(shape)
     values = {
+        "BC": shape.certificate_tile(warps),
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }
     whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
+        if arguments["CERTIFY"]:
+            parts = (parts[0] + 1, *parts[1:])
         _chain(attend_short_kernel, parts, arguments, **held, **values)
         _make_up(shape, arguments)
         return

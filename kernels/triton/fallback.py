@@ -11,6 +11,7 @@ the passes over its keys; where there is none, they return at once.
 import triton
 import triton.language as tl
 
+from .certificate import certify
 from .counters import SUPPORT
 from .entmax import FP16_WEIGHT, newton_step, norm, weigh, weigh_scores, weights_and_slopes
 from .filter import DONE
@@ -91,13 +92,15 @@ def score_tile(
 def fallback_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
     p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
-    p_out, p_counters,
+    p_out, p_counters, p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
+    p_arrived,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    rows, scale, factor, exponent, value_scale,
+    rows, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, COUNT: tl.constexpr,
+    ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of every head that is not done."""
     if any_left(p_state, rows * G) == 0:
@@ -231,5 +234,16 @@ def fallback_kernel(
                     tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
                     if COUNT:
                         tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
+                    if CERTIFY > 0:
+                        m_own = o_g == i_g
+                        tau = tl.sum(tl.where(m_own, b_low + b_rest, 0.0), 0)
+                        peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
+                        b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
+                        certify(
+                            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass,
+                            p_possible, p_arrived, p_listed_count, i_b, i_row, i_h * G + i_g,
+                            i_row * G + i_g, 0, n, tau, peak, b, page_stride, s_certificate, P, PS,
+                            PSP, BC, 1, LISTED, CERTIFY, COUNT, ORDER, False,
+                        )  # fmt: skip
             # The parts are written again for the next row.
             meetings = meet(p_barrier, meetings, programs)

@@ -84,7 +84,7 @@ def load_slots(
 def filter_kernel(
     p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_near_score, p_near_slot, p_near_count, p_lower, p_state,
+    p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
     s_block_table, list_stride, window, capacity, store_below, limit, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, CLASSES: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr,
@@ -142,6 +142,7 @@ def filter_kernel(
     proved = proved & (tl.max(b_all, 0) <= capacity)
     if i_f == 0:
         tl.store(p_lower + i_head, lower)
+        tl.store(p_peak + i_head, peak)
         tl.store(p_state + i_head, tl.where(proved, DONE, LEFT))
 
     i_part = i_head * FP + i_f

@@ -13,6 +13,7 @@ long ones.
 import triton
 import triton.language as tl
 
+from .certificate import mark_read
 from .pages import (
     NEVER,
     count_read,
@@ -187,10 +188,11 @@ def place_in_row(
 @triton.jit
 def list_own(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-    p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride, page_stride,
-    exact_below, budget,
+    p_listed_count, p_unread, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
+    page_stride, exact_below, budget,
     G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    CERTIFY: tl.constexpr,
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row that split i_s reads, in
@@ -210,6 +212,8 @@ def list_own(
     )  # fmt: skip
     m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
+    if CERTIFY:
+        mark_read(p_unread, i_row, o_page, m_own, page_stride)
     chosen = tl.minimum(budget, ranked)
     if chosen // PAGES % S == i_s:
         list_last(p_list, last_page, chosen, ranked, list_stride)
@@ -222,19 +226,21 @@ def list_own(
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def choose_kernel(
-    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme,
-    p_listed, p_listed_count, p_counters,
+    p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed, p_listed_count,
+    p_unread, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    COUNT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one short row in their order."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     list_own(
         p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-        p_listed_count, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table, list_stride,
-        page_stride, exact_below, budget, G, GW, P, 1, 1, BL, PS, PSP, EXACT_ROWS, COUNT, CHAINED,
+        p_listed_count, p_unread, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table,
+        list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, BL, PS, PSP, EXACT_ROWS,
+        CERTIFY, COUNT, CHAINED,
     )  # fmt: skip
     allow_next(CHAINED)
 
@@ -243,11 +249,12 @@ def choose_kernel(
 def distance_kernel(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_page_sample,
     p_distance, p_tile_count, p_bracket, p_members, p_member_count, p_listed, p_listed_count,
-    p_counters,
+    p_unread, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
     NT: tl.constexpr, BM: tl.constexpr, ALONE: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    STEP: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    STEP: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The distances of one tile of a long row's pages; counts those before where the sample has
     the last page of the budget, and collects those about there, in any order.
@@ -262,10 +269,10 @@ def distance_kernel(
     short = (n + P - 1) // P <= ALONE
     if short & (i_t == 0):
         list_own(
-            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme,
-            p_listed, p_listed_count, p_counters, i_b, i_h, i_row, 0, s_block_table, list_stride,
-            page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, PS, PSP, EXACT_ROWS, COUNT,
-            CHAINED,
+            p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
+            p_listed_count, p_unread, p_counters, i_b, i_h, i_row, 0, s_block_table,
+            list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, PS, PSP,
+            EXACT_ROWS, CERTIFY, COUNT, CHAINED,
         )  # fmt: skip
     else:
         await_previous(CHAINED)
@@ -312,10 +319,11 @@ def distance_kernel(
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def list_nearest_kernel(
     p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_bracket, p_members,
-    p_member_count, p_listed, p_listed_count, p_counters,
+    p_member_count, p_listed, p_listed_count, p_unread, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
-    ALONE: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    ALONE: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one tile of a long row, and with the first tile the last page.
     Rows of at most ALONE pages are listed already.
@@ -366,6 +374,8 @@ def list_nearest_kernel(
     elif ranked > 0:
         b_place = tl.full([BL], NEVER, tl.int32)
     store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
+    if CERTIFY:
+        mark_read(p_unread, i_row, o_page, b_place < NEVER, page_stride)
     if i_t == 0:
         list_rest(
             p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),

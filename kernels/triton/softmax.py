@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from .certificate import certify
 from .counters import SUPPORT, count_step
 from .scores import load_pages, load_queries, load_rows, page_source, score_rows
 from .values import weighted_columns
@@ -89,10 +90,13 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    s_out_b, s_out_h, window, value_scale,
+    p_listed_count, p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
+    p_arrived,
+    s_out_b, s_out_h, window, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, COUNT: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of one query head in their order."""
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
@@ -121,3 +125,10 @@ def softmax_combine_kernel(
         support = tl.sum(tl.load(p_support + o_own, mask=m_s, other=0), 0)
         if n > 0:
             tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
+    if CERTIFY > 0:
+        certify(
+            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
+            p_arrived, p_listed_count, i_b, i_row, i_hq, i_b * HKV * G + i_hq, 0, n, tl.log(total),
+            peak, 1.0, page_stride, s_certificate, P, PS, PSP, BC, 1, LISTED, CERTIFY, COUNT, 1,
+            True,
+        )  # fmt: skip

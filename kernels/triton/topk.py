@@ -46,22 +46,40 @@ def sum_squares(b_half, b_q):
         return tl.dot(b_half * b_half, b_square, input_precision=precision)
 
 
+@triton.jit
+def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexpr):
+    """By how much at most rounding can change scores of keys, and bounds: per sum of a page's two
+    scales, and besides; see `sound_bounds` in `reference/quest.py`.
+
+    b_size: magnitudes of the queries [DP, GP]; b_scale, b_slope: [GP], as of `load_scales`.
+    """
+    ROUNDING: tl.constexpr = 4 * D * 2.0**-23
+    b_unit = tl.sum(b_size.to(tl.float32), 0) * b_scale * (ROUNDING * 127)
+    if ALIBI:
+        return b_unit, tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
+    else:
+        return b_unit, b_unit * 0.0
+
+
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_page_extreme, p_page_sample, p_member_count,
+    p_reach, p_page_extreme, p_page_sample, p_member_count, p_bound, p_unread, p_rounding,
+    p_arrived,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
-    STEP: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
+    STEP: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
 
     p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
     [rows, PS, GW, 2], of which the second is the negated least.
+
+    CERTIFY: also upper bounds of these scores, and by how much rounding changes any of a split.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -82,6 +100,12 @@ def box_kernel(
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
+    if CERTIFY:
+        b_size = tl.abs(b_q)
+        b_unit, b_fixed = rounding_of(b_size, b_scale, b_slope, n, D, ALIBI)  # [GP] each
+        b_span = tl.zeros([BP], tl.float32)
+        if i_s == 0:
+            tl.store(p_arrived + i_row * G + o_g, 0, mask=m_g)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
     for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
         o_page = i_p + o_p
@@ -90,14 +114,28 @@ def box_kernel(
         b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
         o_scale = b_page.to(tl.int64) * (s_page // 4)
         b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
-        b_reach = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
-        b_spread = tl.sqrt(sum_squares(b_half, b_q))
-        b_reach = b_reach * b_center_scale[:, None] + b_spread * b_half_scale[:, None]
-        b_reach *= b_scale[None, :]  # [BP, GP]
+        b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
+        b_center *= b_center_scale[:, None]
+        b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
+        b_reach = (b_center + b_spread) * b_scale[None, :]  # [BP, GP]
         if ALIBI:
             o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]
-            b_reach += tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
+            b_most = tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
+            b_reach += b_most
         m_page = (o_page < ranked)[:, None]
+        if CERTIFY:
+            b_half = widen(b_half) if b_q.dtype == tl.bfloat16 else b_half.to(b_q.dtype)
+            b_spread = tl.dot(b_half, b_size, input_precision="ieee") * b_half_scale[:, None]
+            b_bound = (b_center + b_spread) * b_scale[None, :]
+            if ALIBI:
+                b_bound += b_most
+            b_both = b_center_scale + b_half_scale
+            b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
+            b_bound += b_both[:, None] * b_unit[None, :] + b_fixed[None, :]
+            p_b = p_bound + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
+            tl.store(p_b + o_page[:, None], b_bound, mask=m_g[None, :] & m_page)
+            p_u = p_unread + i_row.to(tl.int64) * page_stride
+            tl.store(p_u + o_page, 1, mask=o_page < ranked)
         b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
         b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
         tl.store(p_r + o_page[:, None] * GW, b_reach, mask=m_g[None, :] & m_page)
@@ -110,4 +148,14 @@ def box_kernel(
     p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
     tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)
+    if CERTIFY:
+        # The last page is read, not ranked, and may be what the launch before writes.
+        await_if(i_s == 0, CHAINED)
+        m_last = (i_s == 0) & (ranked > 0)
+        last = tl.load(p_table + ranked, mask=m_last, other=0).to(tl.int64) * (s_page // 4)
+        both = tl.load(p_scale + last, mask=m_last, other=0.0)
+        both += tl.load(p_scale + last + 1, mask=m_last, other=0.0)
+        b_span = tl.maximum(b_span, both)
+        o_own = (i_row * G + o_g) * PS + i_s
+        tl.store(p_rounding + o_own, tl.max(b_span, 0) * b_unit + b_fixed, mask=m_g)
     await_if(i_s + i_h + i_b == 0, CHAINED)

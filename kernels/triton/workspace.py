@@ -71,6 +71,7 @@ class Shape:
     max_tokens: the longest sequence that the block table can hold.
     selector: name of the rule that chooses the pages to read.
     budget: tokens that are read at most; None if there is no bound.
+    certified: whether bounds of the pages' scores are kept.
     """
 
     batch: int
@@ -83,6 +84,7 @@ class Shape:
     processors: int
     selector: str = "exact"
     budget: int | None = None
+    certified: bool = False
 
     @property
     def listed(self) -> bool:
@@ -253,6 +255,10 @@ class Shape:
             return max(256, power_of_two(self.max_pages))
         return 1024 if self.max_pages <= 1 << 15 else 2048
 
+    def certificate_tile(self, warps: int) -> int:
+        """Pages that a program of so many warps weighs together: at most 16 a thread."""
+        return min(power_of_two(self.max_pages), 512 * warps)
+
     @property
     def most_members(self) -> int:
         """Pages about the last one of a budget that there is room for: more than a share that a
@@ -277,6 +283,7 @@ class Shape:
             "mass": (torch.float32, lists * self.classes),
             "slope": (torch.float32, lists * self.classes),
             "lower": (torch.float32, heads),
+            "peak": (torch.float32, heads),
             "state": (torch.int32, heads),
             "barrier": (torch.int32, 1),
             "slot": (torch.int32, rows * self.splits * capacity),
@@ -307,6 +314,15 @@ class Shape:
                 "bracket": (torch.int32, rows * 2),
                 "members": (torch.int32, rows * 2 * self.most_members),
                 "member_count": (torch.int32, rows),
+            }
+        if self.certified:
+            fields |= {
+                "bound": (torch.float32, heads * self.page_stride),
+                "unread": (torch.int8, rows * self.page_stride),
+                "rounding": (torch.float32, page_own),
+                "unread_mass": (torch.float32, heads * self.value_parts),
+                "possible": (torch.int32, heads * self.value_parts),
+                "arrived": (torch.int32, heads),
             }
         if self.selector == "gaussian":
             fields |= {
@@ -364,6 +380,7 @@ def decode_workspace_size(
     *,
     selector: Selector,
     exact_below: int = 0,
+    certificate: bool = False,
     device: torch.device | str = "cuda",
     most: int | None = None,
 ) -> int:
@@ -373,6 +390,7 @@ def decode_workspace_size(
     max_tokens: columns of the block table times page_size. Less is enough for a right result, as
         long as `decode` does not refuse it; it then reads keys again more often.
     exact_below: as for `decode`.
+    certificate: whether `decode` is asked for one.
     most: bytes to make do with, unless `decode` would refuse so few, or they were too few for the
         lists of a budget.
     """
@@ -381,6 +399,7 @@ def decode_workspace_size(
     size = 0
     for rows in range(1, batch + 1):
         shape = Shape(rows, *heads, dtype, max_tokens, chip, selector.name)
+        shape = replace(shape, certified=certificate and isinstance(selector, TopK))
         good = shape.good_size if most is None else min(shape.good_size, most)
         budgeted = replace(shape, budget=budget_of(selector, page_size, exact_below))
         size = max(size, good, shape.least_size, budgeted.good_size if budgeted.budget else 0)

@@ -30,8 +30,10 @@ def on_device(cache: PagedCache) -> PagedCache:
 class Step:
     """One decode step of a scene, compiled and by the reference, over a poisoned workspace."""
 
-    def __init__(self, scene: Scene, selector: Selector, **options: Any) -> None:
-        self.scene = scene
+    def __init__(
+        self, scene: Scene, selector: Selector, *, certify: bool = False, **options: Any
+    ) -> None:
+        self.scene, self.certify = scene, certify
         self.options = {
             "scale": scene.scale,
             "alpha": 1.5,
@@ -45,7 +47,7 @@ class Step:
         query = scene.last_queries
         context = query.to(DEVICE), scene.cache, scene.block_table
         exact_below = self.options["exact_below"]
-        self.shape = step_shape(*context, selector, exact_below)
+        self.shape = step_shape(*context, selector, exact_below, certify)
         self.counters = torch.zeros(len(Counter), dtype=torch.int64)
 
     def run(self, workspace_size: int | None = None) -> Tensor:
@@ -56,17 +58,26 @@ class Step:
         self.workspace = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
         query, counters = scene.last_queries.to(DEVICE), torch.zeros_like(self.counters).to(DEVICE)
         out = torch.full_like(query, torch.nan)
+        options["certificate"] = self._certificate(query)
         context = on_device(scene.cache), scene.block_table.to(DEVICE), scene.seq_lens.to(DEVICE)
         decode(query, *context, **options, counters=counters, out=out, workspace=self.workspace)
         self.counters = counters.cpu()
+        self.certificate = options["certificate"].cpu() if self.certify else None
         return out.cpu()
+
+    def _certificate(self, query: Tensor) -> Tensor | None:
+        """[B, query_heads], poisoned, with rows that are not neighbours."""
+        whole = query.new_full((*query.shape[:2], 2), torch.nan, dtype=torch.float32)
+        return whole.flatten(1)[:, : query.shape[1]] if self.certify else None
 
     def run_reference(self) -> tuple[Tensor, Tensor]:
         """Output and counters of the reference in the scene's dtype."""
         query, counters = self.scene.last_queries, torch.zeros_like(self.counters)
         context = self.scene.cache, self.scene.block_table, self.scene.seq_lens
-        out = torch.empty_like(query)
-        reference.decode(query, *context, **self.options, counters=counters, out=out)
+        out, certificate = torch.empty_like(query), self._certificate(query)
+        more = {"counters": counters, "out": out, "certificate": certificate}
+        reference.decode(query, *context, **self.options, **more)
+        self.expected_certificate = certificate
         return out, counters
 
     def run_selection(self) -> Tensor:

@@ -31,6 +31,7 @@ CASES = {
     "several tiles a program": (Exact(), [9008, 9009, 20001, 33], 20016, {}),
     "short rows beside a guessed one": (Exact(), [40000, 40001, 97, 2048, 129], 40016, {}),
     "chosen by who reads": (TopK(64), SHORT, 256, {"exact_below": 32}),
+    "certified": (TopK(64), SHORT, 256, {"exact_below": 32, "certify": True}),
     "chosen from a long table": (TopK(2048), [40000, 40001, 97, 2049], 40016, {}),
     "guessed from a list": (TopK(66000), [80000, 80001, 97], 131072, {}),
     "gaussian": (Gaussian(), SHORT, 256, {"exact_below": 32}),
@@ -69,6 +70,10 @@ class Sequences:
         self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.out = torch.full_like(self.query, torch.nan)
+        options = dict(options)
+        self.certificate = None
+        if options.pop("certify", False):
+            self.certificate = torch.full(self.query.shape[:3], torch.nan, device=DEVICE)
         self.options = {
             "scale": HEAD_SIZE**-0.5,
             "alpha": 1.5,
@@ -85,6 +90,7 @@ class Sequences:
             self.table,
             self.lengths,
             out=self.out[step],
+            certificate=None if self.certificate is None else self.certificate[step],
             **self.options,
             **options,
         )
@@ -100,6 +106,8 @@ def test_decoding_right_after_append_sees_what_was_appended(case):
         if ON_GPU:
             torch.cuda.synchronize()
     expected = sequences.out.clone()
+    certificate = sequences.certificate
+    expected_certificate = None if certificate is None else certificate.clone()
     assert not torch.equal(expected[0], expected[1])
 
     def run_all():
@@ -115,5 +123,8 @@ def test_decoding_right_after_append_sees_what_was_appended(case):
         replay = graph.replay
     for _ in range(REPLAYS):
         sequences.out.fill_(torch.nan)
+        if certificate is not None:
+            certificate.fill_(torch.nan)
         replay()
         assert torch.equal(sequences.out, expected)
+        assert certificate is None or torch.equal(certificate, expected_certificate)

@@ -63,6 +63,17 @@ def test_dense_layers_read_every_page_and_keep_no_statistics_up_to_date():
     assert layouts == [(), ("center", "half_width"), (), ("center", "half_width")]
 
 
+def test_certificates_count_every_query_head_of_every_step_once():
+    settings = options(selector="topk", token_budget=512, certificate=True)
+    with engine(additional_config=settings) as llm:
+        assert all(ask(llm))
+        counters = engine_counters(llm)
+    sizes = ("certified", "bound_to_1e_4", "bound_to_1e_3", "bound_to_1e_2", "bound_to_1e_1")
+    total = sum(counters[size] for size in (*sizes, "bound_below_1", "vacuous"))
+    assert total == counters["query_heads"] > 0
+    assert counters["pages_read"] < counters["pages_held"]
+
+
 def test_short_contexts_decode_exactly_below_the_limit_that_was_set():
     with engine(additional_config=options(selector="gaussian", exact_below=1000)) as llm:
         assert all(ask(llm))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from entmaxkv_vllm import DEMO_MODEL
+from entmaxkv_vllm import DEMO_MODEL, cli
 from entmaxkv_vllm.retrieval import needle_prompt
 from entmaxkv_vllm.server import HOST, Server
 
@@ -88,6 +88,26 @@ def test_both_engines_decode_and_are_counted(server, answers):
     generated = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
     assert len(generated) == 2
     assert all(float(line.rsplit(maxsplit=1)[1]) > 0 for line in generated)
+
+
+def test_the_dashboard_asks_for_nothing_that_the_server_does_not_tell(server, answers):
+    import dashboard
+
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    told = {line.partition("{")[0] for line in lines if "model_name=" in line}
+    assert dashboard.metrics() <= told
+
+
+def test_the_benchmark_of_a_server_sees_that_it_decodes_sparsely(server, answers, tmp_path):
+    out = tmp_path / "server.json"
+    load = ["--requests=4", "--running=2", "--shortest=2100", "--longest=2300"]
+    load += ["--least-output=3", "--most-output=5", "--expect=sparse", f"--out={out}"]
+    assert cli.main(["bench", "server", server.url, *load]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["steps"] == row["sparse_steps"] == LAYERS * (row["output_tokens"] - 4)
+    assert 0 < row["pages_read"] < row["pages_held"]
+    assert row["first_token_ms"]["p50"] > row["per_output_token_ms"]["p50"] > 0
 
 
 def test_structured_output_is_one_of_the_choices(server):

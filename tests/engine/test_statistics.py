@@ -2,15 +2,19 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 
+from entmaxkv_kernels import Counter
 from entmaxkv_kernels.reference.append import box_around
+from entmaxkv_vllm.metrics import EntmaxKVCollector
 from entmaxkv_vllm.retrieval import haystack_window, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters, read_counters
 
 from .engines import engine, layers_of, metric
+from .recount import RECORDED, Recount
 
 pytestmark = pytest.mark.engine
 
@@ -35,8 +39,8 @@ def llm(request):
 
 @pytest.fixture(scope="module")
 def used(llm, tokenizer):
-    """The engine after ragged batches, shared prefixes, preemption and reuse of every block, and
-    how many pages were compared on the way."""
+    """The engine after ragged batches, shared prefixes, preemption and reuse of every block: how
+    many pages were compared on the way, and what the steps should have counted."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -53,18 +57,19 @@ def used(llm, tokenizer):
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
 
-    compared, decode = [], EntmaxKVImpl._decode
+    compared, recount, decode = [], Recount(), EntmaxKVImpl._decode
 
     def compare_and_decode(self, layer, query, pages, rows, *rest):
         compared.append(compare(pages, rows))
-        decode(self, layer, query, pages, rows, *rest)
+        run = partial(decode, self, layer, query, pages, rows, *rest)
+        recount.watch(self, layer, query, rows, run)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EntmaxKVImpl, "_decode", compare_and_decode)
         for _ in range(2):
             llm.generate(requests, sampling, use_tqdm=False)
             rng.shuffle(requests)
-    return sum(compared)
+    return sum(compared), recount
 
 
 def compare(pages, rows) -> int:
@@ -96,7 +101,8 @@ def compare_pages(pages, ids, rows) -> None:
 
 
 def test_at_every_decode_step_every_page_holds_the_statistics_of_its_own_rows(llm, used):
-    assert used > 100_000
+    compared, _ = used
+    assert compared > 100_000
     assert metric(llm, "vllm:num_preemptions") > 0
     assert metric(llm, "vllm:prefix_cache_hits") > 0
 
@@ -108,6 +114,28 @@ def test_the_sparse_path_ran_and_read_less_than_it_held(llm, used):
     by_layer = read_counters(llm.llm_engine.vllm_config.instance_id)
     assert by_layer.shape[0] == len(layers_of(llm))
     assert (by_layer.sum(1) > 0).all()
+
+
+def test_the_metrics_add_up_to_what_the_lengths_of_all_steps_say(llm, used):
+    _, recount = used
+    instance = llm.llm_engine.vllm_config.instance_id
+    families = EntmaxKVCollector(instance, "needle").collect()
+    shown = {family.name: family.samples[0].value for family in families}
+    told = set(recount.expected)
+    if layers_of(llm)[0].impl.config.selector == "gaussian":
+        told -= {Counter.PAGES_READ}
+    assert len(told) >= 4
+    for counter in told:
+        assert shown[f"entmaxkv_{counter.name.lower()}"] == recount.expected[counter]
+
+
+def test_recorded_steps_counted_the_pages_on_whose_keys_their_output_depends(used):
+    _, recount = used
+    assert len(recount.recorded) == RECORDED
+    for step in recount.recorded:
+        read = step.pages_read()
+        assert step.counted[Counter.PAGES_READ] == read
+        assert 0 < read < step.counted[Counter.PAGES_HELD]
 
 
 def test_the_statistics_are_planned_in_vllms_cache_memory(llm):

@@ -5,15 +5,23 @@ import itertools
 import pytest
 import torch
 
-from entmaxkv_kernels import Exact, Gaussian, TopK, analyze_decode
+from entmaxkv_kernels import Counter, Exact, Gaussian, TopK, analyze_decode
 from entmaxkv_kernels.pages import BOX
-from entmaxkv_kernels.reference.certificate import dropped_mass_bound
+from entmaxkv_kernels.reference.certificate import certificate, dropped_mass_bound, round_up
 from entmaxkv_kernels.reference.entmax import entmax, entmax_threshold
 
 from .scene import make_scene
 from .test_decode import analyze
 
 ALPHAS = pytest.mark.parametrize("alpha", [1.0, 1.2, 4 / 3, 1.5, 2.0], ids="alpha {:.3g}".format)
+
+
+def certify(scene, selector, **options):
+    """Certificate [B, query_heads] of a step, and the counters."""
+    found = torch.full((len(scene.seq_lens), scene.query[0].shape[1]), torch.nan)
+    counters = torch.zeros(len(Counter), dtype=torch.int64)
+    scene.decode(selector=selector, certificate=found, counters=counters, **options)
+    return found, counters
 
 
 @ALPHAS
@@ -34,6 +42,9 @@ def test_no_step_drops_more_than_its_bound(alpha, coherence, dtype, alibi):
             certified = report.dropped_bound == 0
             assert (report.support_recall[certified] == 1).all()
             assert (report.dropped_mass[certified] == 0).all()
+            found, _ = certify(scene, TopK(budget), alpha=alpha, alibi_slopes=slopes)
+            assert torch.equal(found == 0, certified)
+            assert (found >= report.dropped_bound * (1 - 1e-5)).all() and (found <= 1).all()
 
 
 def test_pages_that_differ_are_certified_though_most_are_unread():
@@ -106,3 +117,54 @@ def test_the_report_of_an_empty_batch_has_bounds():
     context = scene.last_queries[:0], scene.cache, scene.block_table[:0], scene.seq_lens[:0]
     report = analyze_decode(*context, scale=scene.scale, alpha=1.5, selector=TopK(16))
     assert report.dropped_bound.shape == (0, 4)
+
+
+def test_a_step_counts_its_heads_by_their_certificates():
+    scene = make_scene([0, 700, 33, 210], statistics=BOX, coherence=0.999, spread=1.5)
+    found, counters = certify(scene, TopK(32))
+    assert (found[0] == 0).all()
+    edges = [-1.0, 0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1 - 1e-9, 1.0]
+    counts = [
+        ((found[1:].double() > low) & (found[1:].double() <= high)).sum().item()
+        for low, high in itertools.pairwise(edges)
+    ]
+    assert counters[Counter.CERTIFIED :].tolist() == counts
+    assert counts[0] and counts[-1] and sum(counts) == 3 * 4
+    _, without = certify(scene, TopK(32), exact_below=700)
+    assert without[Counter.CERTIFIED :].tolist() == [12, 0, 0, 0, 0, 0, 0]
+
+
+def test_what_no_selector_bounds_is_certified_where_it_was_read():
+    scene = make_scene([300, 5], statistics=("mean", "std"), coherence=0.9, spread=5)
+    assert certify(scene, Gaussian())[0].tolist() == [[1.0] * 4, [0.0] * 4]
+    assert (certify(scene, Exact())[0] == 0).all()
+    assert (certify(scene, Gaussian(), sliding_window=40)[0] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0], ids="alpha {}".format)
+def test_a_certificate_is_what_unread_tokens_weigh_above_the_threshold(alpha):
+    tau = torch.tensor([[0.3, -2.0]], dtype=torch.float64)
+    above = torch.tensor([[[0.01, -0.4, 0.02], [-1.0, -0.2, 0.05]]], dtype=torch.float64)
+    found = certificate(tau, tau[..., None] + above, 16, alpha)
+    if alpha == 1:
+        mass = 16 * above.exp().sum(-1)
+        expected = mass / (1 + mass)
+    else:
+        expected = 16 * (above.clamp_min(0) ** (1 / (alpha - 1))).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bound", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 2.0], ids="alpha {}".format)
+def test_a_bound_that_is_no_number_proves_nothing(alpha, bound):
+    bounds = torch.tensor([[[-5.0, bound], [-5.0, -9.0]]])
+    found = certificate(torch.zeros(1, 2), bounds, 16, alpha)
+    assert found[0, 0] == 1 and found[0, 1] < 1
+
+
+def test_certificates_are_rounded_up():
+    exact = torch.tensor([0.0, 1e-300, 0.1, 1 / 3, 0.5, 1.0], dtype=torch.float64)
+    rounded = round_up(exact)
+    assert rounded.dtype == torch.float32
+    assert (rounded.double() >= exact).all() and (rounded.double() <= exact + 3e-8).all()
+    assert rounded[1] > 0 and rounded[0] == 0

@@ -277,8 +277,15 @@ def test_decode_names_what_is_wrong(scene, call, error, message, changes):
         call(scene, **changes)
 
 
+def test_certificates_of_another_shape_or_dtype_are_refused(scene):
+    with pytest.raises(ValueError, match=r"certificate has shape \(3,\); expected \[2, 4\]"):
+        of_decode(scene, certificate=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"certificate has dtype torch.float64; expected torch.f"):
+        of_decode(scene, certificate=torch.zeros(1, 4, dtype=torch.float64))
+
+
 def test_counters_of_another_shape_or_dtype_are_refused(scene):
-    with pytest.raises(ValueError, match=r"counters has shape \(3,\); expected \[6\]"):
+    with pytest.raises(ValueError, match=r"counters has shape \(3,\); expected \[13\]"):
         of_decode(scene, counters=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"counters has dtype torch.int32; expected torch.int64"):
         of_decode(scene, counters=torch.zeros(len(Counter), dtype=torch.int32))

@@ -1,0 +1,1 @@
+"""`entmaxkv bench` and what the scripts that measure share with it."""

@@ -1,0 +1,1 @@
+"""`entmaxkv plot`: pictures of result files."""

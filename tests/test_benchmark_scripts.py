@@ -1,0 +1,82 @@
+"""Scripts that make committed tables, as far as they run without a GPU: what their rows hold."""
+
+import json
+from pathlib import Path
+
+import benchmark_decode
+import benchmark_reference_system
+import pytest
+import torch
+
+from entmaxkv_kernels import Exact, TopK
+from entmaxkv_vllm.bench import timing
+from entmaxkv_vllm.bench.batch import Request
+from entmaxkv_vllm.bench.peers import torch_attention
+from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SHAPE = Shape(4, 2, 32, 16, torch.float32, "cpu")
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+
+
+def committed_row(name, kernel):
+    rows = json.loads((RESULTS / name).read_text())["rows"]
+    return next(row for row in rows if kernel in (row.get("kernel"), row.get("path")))
+
+
+def imitate_flash_attention(work):
+    steps = torch_attention(work)["sdpa"]
+    return {"fa3_plain": steps, "fa3_scheduled": steps}
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch):
+    monkeypatch.setattr(benchmark_decode, "flash_attention", imitate_flash_attention)
+
+    def per_step(arms, repeats, graphs):
+        assert graphs
+        return timing.per_step(arms, 2, graphs=False)
+
+    monkeypatch.setattr(benchmark_decode, "per_step", per_step)
+    monkeypatch.setattr(benchmark_decode, "kernel_times", lambda steps: {"collect_kernel": 1.0})
+    torch.manual_seed(0)
+    pool = Pool.of(SHAPE, 4 * 1024, "clustered")
+    work = Workload.over(pool, [Request(1, 1024)] * 2, 2, 0.05, 2048)
+    selectors = {"exact": Exact(), "sparse": TopK(128)}
+    exact, sparse = benchmark_decode.measure(work, selectors, profiled=True, certified=certified)
+    for row, kernel in ((exact, "exact"), (sparse, "sparse")):
+        more = row.keys() - committed_row("decode-h200-clustered.json", kernel).keys()
+        assert bool(more) is (certified and kernel == "sparse")
+        assert committed_row("decode-h200-clustered.json", kernel).keys() <= row.keys()
+        assert (row["batch"], row["context"], row["table_tokens"]) == (2, 1024, 2048)
+        assert row["fa3_us"] == min(row["fa3_plain_us"], row["fa3_scheduled_us"])
+        assert row["ratio_fa3"] == pytest.approx(row["fa3_us"] / row["us"])
+    assert exact["pages_read"] == 1 and exact["error"] < 1e-5
+    # 8 pages of the budget and the last one, of 64.
+    assert sparse["pages_read"] == pytest.approx(9 / 64)
+    if certified:
+        assert (
+            sum(sparse["certificates"]) % (2 * SHAPE.query_heads) == 0 < sum(sparse["certificates"])
+        )
+
+
+def test_rows_of_the_reference_system_are_those_of_the_committed_table(monkeypatch):
+    monkeypatch.setattr(benchmark_reference_system, "POOL_TOKENS", 1024)
+
+    def decode_steps(key, value, query, page_size, share):
+        assert key.shape == value.shape == (8, 512, 128)
+        assert query.shape == (8, 128)
+        return dict.fromkeys(("dense", "topk", "gaussian"), lambda: None)
+
+    def graph_of(steps):
+        return type("Graph", (), {"replay": staticmethod(lambda: [step() for step in steps])})
+
+    monkeypatch.setattr(benchmark_reference_system, "decode_steps", decode_steps)
+    monkeypatch.setattr(benchmark_reference_system, "graph_of", graph_of)
+    pool = Pool.of(Shape(8, 8, 128, 16, torch.float32, "cpu"), 1024, "random")
+    rows = benchmark_reference_system.measure(512, pool, repeats=2)
+    assert [row["path"] for row in rows] == ["dense", "topk", "gaussian"]
+    for row in rows:
+        assert row.keys() == committed_row("reference-h200.json", row["path"]).keys()
+        assert row["ratio_reference"] == pytest.approx(row["reference_us"] / row["us"])
