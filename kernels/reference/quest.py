@@ -27,10 +27,23 @@ def page_reaches(candidates: Candidates) -> Tensor:
 
     ALiBi counts at the page's most favourable position.
     """
-    center, half_width = candidates.statistics  # each [B, kv_heads, P, head_size]
     query, slopes = _scaled(candidates)
-    spread = (query.square() @ half_width.square().mT).sqrt()
-    return query @ center.mT + spread + _most_favourable(candidates, slopes)
+    center = query @ candidates.statistics[0].mT
+    return center + _spreads(candidates) + _most_favourable(candidates, slopes)
+
+
+def _spreads(candidates: Candidates) -> Tensor:
+    """Norms [B, kv_heads, group, P] of the queries, scaled, times the half-widths."""
+    query, half_width = candidates.query, candidates.statistics[1]
+    ones = query.new_ones(1, query.shape[1] * query.shape[2], 1)
+    factor, _ = scale_to_scores(ones, candidates.scale, candidates.alpha, None)
+    query_squares, squares = query.square(), half_width.square()
+    if (unit := candidates.half_scales) is not None:
+        # What matrix products of 16 bits take: each is off by at most 0.2%, the norm by as much.
+        query_squares = query_squares.bfloat16().to(query.dtype)
+        whole = (half_width / unit).round()
+        squares = whole.square().bfloat16().to(query.dtype) * unit.square()
+    return (query_squares @ squares.mT).sqrt() * factor.view(*query.shape[1:3], 1)
 
 
 def quest_bounds(candidates: Candidates) -> Tensor:

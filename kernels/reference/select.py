@@ -70,6 +70,9 @@ def select_pages(
         # Entries of the block table past the sequence are stale: read page 0 in their place.
         ids = block_table[rows, : len(page)].long().masked_fill(~held[rows], 0)
         statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
+        half_scales = None
+        if cache.layout.boxed and query.dtype.itemsize == 2:
+            half_scales = cache.scales[ids, :, 1].mT[..., None]
         candidates = Candidates(
             query[rows].to(dtype).unflatten(1, (kv_heads, -1)),
             statistics,
@@ -79,6 +82,7 @@ def select_pages(
             scale,
             alpha,
             alibi_slopes,
+            half_scales,
         )
         if isinstance(selector, Gaussian):
             chosen = gaussian_pages(candidates, selector)

@@ -33,17 +33,20 @@ def widen(b_small):
 @triton.jit
 def sum_squares(b_half, b_q):
     """Sums over the channels of squares of half-widths [BP, DP] times those of queries [DP, GP],
-    [BP, GP]. For 16-bit queries squares are rounded to as many bits: a product is off by at most
-    0.4%, and the root of their sum by half of that."""
+    [BP, GP]. For queries of 16 bits squares are rounded to bf16, which has the range of theirs."""
     b_square = b_q.to(tl.float32) * b_q.to(tl.float32)
     if b_q.dtype == tl.bfloat16:
         b_half = widen(b_half)
         return tl.dot(b_half * b_half, b_square.to(tl.bfloat16))
     else:
-        # The squares of fp16 have more range than it.
-        precision: tl.constexpr = "ieee" if b_q.dtype == tl.float32 else "tf32"
         b_half = b_half.to(tl.float32)
-        return tl.dot(b_half * b_half, b_square, input_precision=precision)
+        b_half *= b_half
+        if b_q.dtype == tl.float32:
+            return tl.dot(b_half, b_square, input_precision="ieee")
+        else:
+            b_half, b_square = b_half.to(tl.bfloat16), b_square.to(tl.bfloat16)
+            # The products of bf16 in tf32 are exact.
+            return tl.dot(b_half.to(tl.float32), b_square.to(tl.float32))
 
 
 @triton.jit

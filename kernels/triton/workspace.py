@@ -13,6 +13,9 @@ from .nearest import SAMPLED
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
 
+STORED_BYTES = 1 << 24
+"""Of a batch whose scores are never more than this all are stored: they stay in the L2 cache."""
+
 STORE_LISTED_BELOW = 65536
 """The same where pages are listed for a budget."""
 
@@ -164,7 +167,10 @@ class Shape:
     @property
     def store_below(self) -> int:
         """Rows that read at most so many tokens store all scores."""
-        return STORE_BELOW if self.budget is None else STORE_LISTED_BELOW
+        if self.budget is not None:
+            return STORE_LISTED_BELOW
+        stored = STORED_BYTES // (4 * self.planned_batch * self.query_heads)
+        return max(STORE_BELOW, self.max_read if self.max_read <= stored else 0)
 
     @property
     def held(self) -> int:
