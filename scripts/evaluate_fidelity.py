@@ -25,12 +25,13 @@ import torch
 import triton
 from byte_tokenizer import BOS, EOS, PAD
 from llama import load_model
-from paged_model import PagedModel, parse_selector
+from paged_model import PagedModel, implementation_for, parse_selector
 from ruler import TASKS, ruler_tasks
 from timing import checked_out
 from torch import Tensor
 from train import add_packages
 
+import entmaxkv_kernels.reference.adaptive as reference_adaptive
 import entmaxkv_kernels.reference.decode as reference_decode
 import entmaxkv_kernels.reference.select as reference_select
 from entmaxkv_kernels import Exact, Selector, analyze_decode, decode
@@ -63,7 +64,7 @@ class Clock:
 @contextmanager
 def large_chunks(device: torch.device) -> Iterator[None]:
     """Let the reference work on many rows at once, as a GPU has the memory for."""
-    modules: tuple[Any, ...] = (reference_decode, reference_select)
+    modules: tuple[Any, ...] = (reference_adaptive, reference_decode, reference_select)
     if device.type != "cuda":
         modules = ()
     before = [module.CHUNK_ELEMENTS for module in modules]
@@ -133,8 +134,9 @@ def measure_selector(
     shared = rows, cache, table, seq_lens
     settings: dict[str, Any] = {"scale": rows.shape[-1] ** -0.5, "alpha": paged.alpha}
     report = analyze_decode(*shared, selector=selector, **settings)
-    served = decode(*shared, selector=selector, implementation=paged.implementation, **settings)
-    exact = decode(*shared, selector=Exact(), implementation=paged.implementation, **settings)
+    serves = implementation_for(selector, paged.implementation)
+    served = decode(*shared, selector=selector, implementation=serves, **settings)
+    exact = decode(*shared, selector=Exact(), implementation=serves, **settings)
     norm = exact.float().norm(dim=-1).clamp_min(1e-30)
     held = -(-seq_lens[:, None] // paged.page_size)
     group = rows.shape[1] // cache.key.shape[1]
@@ -283,7 +285,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--selectors", nargs="+", required=True, help="exact, gaussian, topk:TOKENS"
+        "--selectors", nargs="+", required=True, help="exact, gaussian, topk:TOKENS, adaptive:REACH"
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[16384])
     parser.add_argument("--batch", type=int, default=32, help="tasks, and windows of text, at once")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from entmaxkv_kernels import (
+    Adaptive,
     Exact,
     Gaussian,
     PagedCache,
@@ -25,6 +26,7 @@ from entmaxkv_kernels import (
     split_pages,
 )
 from entmaxkv_kernels.pages import BOX
+from entmaxkv_kernels.selectors import CompiledSelector
 
 Statistics = tuple[str, ...]
 
@@ -33,16 +35,24 @@ STATISTICS: tuple[Statistics, ...] = (("mean", "std"), BOX)
 
 
 def parse_selector(name: str) -> Selector:
-    """`exact`, `gaussian`, or `topk:N` with a budget of N tokens.
+    """`exact`, `gaussian`, `topk:N` with a budget of N tokens, or `adaptive:R` with a reach of R.
 
     Raises ValueError for any other name.
     """
     kind, _, budget = name.partition(":")
     if kind == "topk" and budget.isdecimal():
         return TopK(int(budget))
+    if kind == "adaptive" and budget:
+        return Adaptive(reach=float(budget))
     if name in ("exact", "gaussian"):
         return Exact() if name == "exact" else Gaussian()
-    raise ValueError(f"selector is {name!r}; expected exact, gaussian or topk:TOKENS")
+    expected = "exact, gaussian, topk:TOKENS or adaptive:REACH"
+    raise ValueError(f"selector is {name!r}; expected {expected}")
+
+
+def implementation_for(selector: Selector, preferred: str) -> str:
+    """The preferred implementation, or the reference for a selector without compiled kernels."""
+    return preferred if isinstance(selector, CompiledSelector) else "reference"
 
 
 @dataclass
@@ -92,6 +102,7 @@ def paged_attention(
     if paged.queries is not None:
         paged.queries[module.layer_idx] = query
     if paged.selector is not None:
+        settings["implementation"] = implementation_for(paged.selector, paged.implementation)
         out = decode(*shared, selector=paged.selector, **settings)
     else:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * length
@@ -182,7 +193,7 @@ class PagedModel:
         """
         self._tokens.copy_(tokens[:, None])
         self._position.fill_(position)
-        if self._graphs is None:
+        if self._graphs is None or isinstance(selector, Adaptive):
             return self._decode(selector)
         if selector not in self._graphs:
             self._graphs[selector] = self._capture(selector)

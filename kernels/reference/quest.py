@@ -22,15 +22,17 @@ def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
 
 
-def page_reaches(candidates: Candidates) -> Tensor:
+def page_reaches(candidates: Candidates, widths: float = 1.0) -> Tensor:
     """How high the scores z of each page reach, [B, kv_heads, group, P], for their ranking.
 
     ALiBi counts at the page's most favourable position.
+
+    widths: half-widths above the center that count, in the Euclidean norm.
     """
     center, half_width = candidates.statistics  # each [B, kv_heads, P, head_size]
     query, slopes = _scaled(candidates)
     spread = (query.square() @ half_width.square().mT).sqrt()
-    return query @ center.mT + spread + _most_favourable(candidates, slopes)
+    return query @ center.mT + widths * spread + _most_favourable(candidates, slopes)
 
 
 def quest_bounds(candidates: Candidates) -> Tensor:
