@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,6 @@ from timing import checked_out
 from torch import Tensor
 from train import add_packages
 
-import entmaxkv_kernels.reference.adaptive as reference_adaptive
-import entmaxkv_kernels.reference.decode as reference_decode
-import entmaxkv_kernels.reference.select as reference_select
 from entmaxkv_kernels import Exact, Selector, analyze_decode, decode
 from entmaxkv_vllm.retrieval import haystack
 
@@ -62,14 +60,14 @@ class Clock:
 
 
 @contextmanager
-def large_chunks(device: torch.device) -> Iterator[None]:
-    """Let the reference work on many rows at once, as a GPU has the memory for."""
-    modules: tuple[Any, ...] = (reference_adaptive, reference_decode, reference_select)
-    if device.type != "cuda":
-        modules = ()
+def chunks_of(elements: int | None) -> Iterator[None]:
+    """Let the reference gather so many elements at a time, or as many as it does by itself."""
+    # `reference.decode` is a function, too, which hides its module from an import statement.
+    names = ("adaptive", "decode", "select")
+    modules: list[Any] = [import_module(f"entmaxkv_kernels.reference.{name}") for name in names]
     before = [module.CHUNK_ELEMENTS for module in modules]
     for module in modules:
-        module.CHUNK_ELEMENTS = GPU_CHUNK_ELEMENTS
+        module.CHUNK_ELEMENTS = elements or module.CHUNK_ELEMENTS
     try:
         yield
     finally:
@@ -319,7 +317,7 @@ def main() -> None:
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
     }
     selectors, contexts = arguments.selectors, arguments.contexts
-    with large_chunks(model.device):
+    with chunks_of(GPU_CHUNK_ELEMENTS if model.device.type == "cuda" else None):
         for part in arguments.parts:
             longest = max(contexts) + ANSWER_ROOM
             batch = 1 if part == "attention" else arguments.batch

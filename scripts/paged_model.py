@@ -196,7 +196,13 @@ class PagedModel:
         if self._graphs is None or isinstance(selector, Adaptive):
             return self._decode(selector)
         if selector not in self._graphs:
-            self._graphs[selector] = self._capture(selector)
+            try:
+                self._graphs[selector] = self._capture(selector)
+            except RuntimeError as error:
+                # A measurement without graphs takes longer, and says the same.
+                print(f"no CUDA graphs: {error}", flush=True)
+                self._graphs = None
+                return self._decode(selector)
         graph, logits = self._graphs[selector]
         graph.replay()
         return logits

@@ -124,7 +124,8 @@ def _task(rng: random.Random, name: str, tokens: int) -> NeedleTask:
 
 def ruler_training_text(rng: random.Random, length: int) -> TrainingText:
     """A training document of exactly `length` characters about values, several keys or counts."""
-    room = max(1, min(4, length // 256))
+    # Facts and questions are to leave room even in the shortest text.
+    room = max(1, min(4, length // 400))
     kind = rng.choice(("values", "keys", "counts") if length >= COUNTABLE else ("values", "keys"))
     if kind == "values":
         make, questions = multi_value(rng, rng.randint(1, room), rng.randint(1, room), False)

@@ -34,7 +34,7 @@ def made_on(result: dict[str, Any], path: Path) -> str:
 
 
 def part_of_twins(name: str, part: str) -> tuple[list[Row], str]:
-    """The rows of one part of a twin's results, and what they were made on; none if there are none."""
+    """The rows of one part of a twin's results, if there are any, and what they were made on."""
     path = RESULTS / f"fidelity-twins-{name}-{part}.json"
     if not path.exists():
         return [], ""

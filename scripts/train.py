@@ -15,6 +15,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from evaluate_model import score, write_evaluation
@@ -126,6 +127,11 @@ class Trainee:
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
+    def save(self, record: dict[str, Any]) -> None:
+        """Write the model, and beside it how it was trained."""
+        save_model(self.model, self.folder)
+        (self.folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
     def describe(self) -> str:
         """Its last losses; reading them waits for the device."""
         return (
@@ -134,10 +140,15 @@ class Trainee:
         )
 
 
-def train(trainees: list[Trainee], budget: Budget, arguments: argparse.Namespace) -> dict[str, int]:
-    """Trains until the budget is spent, printing progress and saving checkpoints.
+def train(
+    trainees: list[Trainee],
+    budget: Budget,
+    arguments: argparse.Namespace,
+    trained: dict[str, Any],
+) -> None:
+    """Trains until the budget is spent, printing progress and saving checkpoints and models.
 
-    Returns the numbers of steps and tokens.
+    trained: receives the numbers of steps and tokens.
     """
     rng = random.Random(arguments.seed)
     device = trainees[0].model.device
@@ -160,6 +171,7 @@ def train(trainees: list[Trainee], budget: Budget, arguments: argparse.Namespace
             trainee.step(tokens, weights, rate)
         step += 1
         seen += weights.numel()
+        trained |= {"steps": step, "tokens": seen}
         if budget.elapsed - logged > arguments.log_seconds:
             # Reading the losses waits for the device, so the speed is right after it.
             values = "; ".join(trainee.describe() for trainee in trainees)
@@ -175,9 +187,9 @@ def train(trainees: list[Trainee], budget: Budget, arguments: argparse.Namespace
                 print(f"probe, alpha {trainee.alpha:g}: {probe(trainee.model)}", flush=True)
                 state = {"model": trainee.model.state_dict(), "progress": progress}
                 torch.save(state, trainee.folder / "checkpoint.pt")
+                trainee.save(trained)
             probed = budget.elapsed
     print(f"trained {step} steps, {seen} tokens, {budget.elapsed:.0f} s", flush=True)
-    return {"steps": step, "tokens": seen}
 
 
 def warm_up(trainees: list[Trainee], arguments: argparse.Namespace) -> None:
@@ -276,12 +288,13 @@ def main() -> None:
     parameters = sum(p.numel() for p in trainees[0].model.parameters())
     print(f"{parameters:,} parameters, {len(haystack(False)):,} bytes of text", flush=True)
     warm_up(trainees, arguments)
-    trained = train(trainees, Budget(arguments.minutes, arguments.steps, start), arguments)
     settings = {name: str(value) for name, value in vars(arguments).items()}
-    for trainee in trainees:
-        save_model(trainee.model, trainee.folder)
-        record = {"parameters": parameters, **trained, "arguments": settings}
-        (trainee.folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    trained: dict[str, Any] = {"parameters": parameters, "arguments": settings}
+    try:
+        train(trainees, Budget(arguments.minutes, arguments.steps, start), arguments, trained)
+    finally:
+        for trainee in trainees:
+            trainee.save(trained)
     for trainee in trainees:
         if arguments.samples:
             write_evaluation(trainee.folder, arguments.samples)
