@@ -28,6 +28,9 @@ from entmaxkv_kernels import (
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.selectors import CompiledSelector
 
+PREFILL_TOKENS = 131072
+"""Tokens that are prefilled at once."""
+
 Statistics = tuple[str, ...]
 
 STATISTICS: tuple[Statistics, ...] = (("mean", "std"), BOX)
@@ -163,13 +166,21 @@ class PagedModel:
         return selector.statistics if selector.statistics else next(iter(self.caches))
 
     def _hidden(
-        self, tokens: Tensor, position: Tensor, caches: list[list[PagedCache]], **more: Any
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        table: Tensor,
+        caches: list[list[PagedCache]],
+        **more: Any,
     ) -> Tensor:
-        """Last hidden states [B, T, hidden] of tokens [B, T] at positions [T]."""
-        slots = self.block_table.long()[:, :1] * self.page_size + position
-        seq_lens = (position[-1:] + 1).int().expand(self.batch).contiguous()
+        """Last hidden states [rows, T, hidden] of tokens [rows, T] at positions [T].
+
+        table: [rows, pages], the part of the block table of these rows.
+        """
+        slots = table.long()[:, :1] * self.page_size + position
+        seq_lens = (position[-1:] + 1).int().expand(len(tokens)).contiguous()
         settings = self.alpha, self.implementation
-        step = Step(caches, self.block_table, slots.flatten(), seq_lens, *settings, **more)
+        step = Step(caches, table, slots.flatten(), seq_lens, *settings, **more)
         base = self.model.base_model
         output = base(input_ids=tokens, position_ids=position[None], use_cache=False, paged=step)
         hidden: Tensor = output.last_hidden_state
@@ -179,11 +190,20 @@ class PagedModel:
     def prefill(self, tokens: Tensor, queries: dict[int, Tensor] | None = None) -> Tensor:
         """Fill every cache with tokens [B, T]; returns the last hidden states [B, T, hidden].
 
-        queries: receives the queries [B * T, heads, head_size] of each layer.
+        queries: receives the queries [T, heads, head_size] of each layer, of the last sequences
+            that were prefilled at once: for a batch of one.
         """
         caches = [list(layer) for layer in zip(*self.caches.values(), strict=True)]
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        return self._hidden(tokens, position, caches, queries=queries)
+        rows = max(1, PREFILL_TOKENS // tokens.shape[1])
+        return torch.cat(
+            [
+                self._hidden(part, position, table, caches, queries=queries)
+                for part, table in zip(
+                    tokens.split(rows), self.block_table.split(rows), strict=True
+                )
+            ]
+        )
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, position: int, selector: Selector) -> Tensor:
@@ -209,7 +229,9 @@ class PagedModel:
 
     def _decode(self, selector: Selector) -> Tensor:
         caches = [[cache] for cache in self.caches[self.statistics_of(selector)]]
-        hidden = self._hidden(self._tokens, self._position, caches, selector=selector)
+        hidden = self._hidden(
+            self._tokens, self._position, self.block_table, caches, selector=selector
+        )
         logits: Tensor = self.model.get_output_embeddings()(hidden[:, -1])
         return logits
 

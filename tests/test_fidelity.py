@@ -6,6 +6,7 @@ import random
 import sys
 
 import evaluate_fidelity
+import paged_model
 import pytest
 import ruler
 import study_selectors
@@ -83,7 +84,8 @@ def test_batches_hold_every_kind_of_text():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("alpha, selectors", [(1.5, ["exact", "topk:4096"]), (1.0, ["exact"])])
-def test_decoding_from_pages_predicts_what_the_whole_sequence_does(alpha, selectors):
+def test_decoding_from_pages_predicts_what_the_whole_sequence_does(monkeypatch, alpha, selectors):
+    monkeypatch.setattr(paged_model, "PREFILL_TOKENS", 130)  # two rows of 61 tokens at once
     model = small_model(alpha).float()
     tokens = torch.randint(0, 256, (3, 61), generator=torch.Generator().manual_seed(2))
     paged = PagedModel(small_model(alpha).float(), 3, 80)
