@@ -91,10 +91,13 @@ class Adaptive:
     reach: how high the scores of a page are taken to reach above its center, in half-widths of its
         box in the Euclidean norm. More reads more and drops less.
     first_pages: pages that are read first; a later round reads at most as many as were read.
+    guard: share of the pages that are read first, too, as those with the highest bounds. An
+        isolated key that the estimate misses is likely to be in one of them.
     """
 
     reach: float = 1.75
     first_pages: int = 16
+    guard: float = 1 / 32
 
     name: ClassVar[str] = "adaptive"
     statistics: ClassVar[tuple[str, ...]] = BOX
@@ -104,6 +107,8 @@ class Adaptive:
             raise ValueError(f"reach is {self.reach}; expected a finite number above 0")
         if self.first_pages < 1:
             raise ValueError(f"first_pages is {self.first_pages}; expected at least 1")
+        if not 0 <= self.guard <= 1:
+            raise ValueError(f"guard is {self.guard}; expected within [0, 1]")
 
 
 CompiledSelector = Exact | Gaussian | TopK

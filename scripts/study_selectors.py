@@ -37,8 +37,9 @@ ALPHA, HEAD_SIZE, GROUP, PAGE_SIZE = 1.5, 64, 4, 16
 LENGTHS = (8192, 32768, 131072)
 SUPPORTS = (0.0005, 0.002, 0.01)
 """Shares of the keys that are in the support; instances take turns."""
-REACHES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
+REACHES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.6, 1.75, 2.0, 2.25, 2.5, 3.0)
 QUANTILES = (1e-4, 0.1, 0.5, 0.9)
+GUARDS = (1 / 128, 1 / 64, 1 / 16, 1 / 8)
 TOPIC_LENGTH, TOPICS, RANK = 128, 64, 16
 NEEDLE = 0.7
 """How far the needle's z lies above the largest other one; a distance of 1 takes all weight."""
@@ -188,6 +189,9 @@ def selectors_for(length: int) -> dict[str, Selector]:
         found[f"gaussian, quantile {q:g}"] = Gaussian(quantile=q, narrow_quantile=q)
     for reach in REACHES:
         found[f"adaptive, reach {reach:g}"] = Adaptive(reach=reach)
+        found[f"unguarded, reach {reach:g}"] = Adaptive(reach=reach, guard=0)
+    for share in GUARDS:
+        found[f"guard {share:.2%}, reach 1.75"] = Adaptive(guard=share)
     for share in (0.03, 0.0625, 0.125, 0.25, 0.5):
         found[f"topk, {share:.2%}"] = TopK(int(share * length))
     return found

@@ -4,6 +4,10 @@ tau of any part of the keys is a lower bound of tau of all. So the pages that se
 first, and their true scores give such a bound; then, best first and at most as many as were read
 already, the pages that seem to reach above it, which raises it; and so on. How high the scores of a
 page reach is estimated from its box: center.q + reach * sqrt(sum (q_d half_width_d) ** 2).
+
+Such an estimate does not show a single key that suits the query in all channels at once. It cannot
+score above its page's bound, so a share of the pages, those with the highest bounds, is read first,
+too.
 """
 
 import torch
@@ -13,7 +17,7 @@ from ..pages import PagedCache
 from ..selectors import Adaptive
 from .candidates import Candidates
 from .entmax import solve_entmax
-from .quest import choose_pages, page_reaches
+from .quest import choose_pages, page_reaches, quest_bounds
 from .scores import scale_to_scores
 
 CHUNK_ELEMENTS = 1 << 22
@@ -33,6 +37,8 @@ def adaptive_pages(
     last = candidates.ranked.sum(-1)
     scores.read(torch.nn.functional.one_hot(last, ids.shape[1]).bool()[:, None])
     read = choose_pages(page_reaches(candidates), candidates.ranked, selector.first_pages)
+    guards = (last * selector.guard).long()[:, None, None]
+    read = read | choose_pages(quest_bounds(candidates), candidates.ranked, guards)
     new = read
     while new.any():
         scores.read(new)

@@ -82,9 +82,11 @@ def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:
     return choose_pages(page_reaches(candidates), candidates.ranked, budget)
 
 
-def choose_pages(reaches: Tensor, ranked: Tensor, budget: int) -> Tensor:
+def choose_pages(reaches: Tensor, ranked: Tensor, budget: int | Tensor) -> Tensor:
     """The best `budget` pages [B, kv_heads, P] bool of those ranked [B, P], by reaches
     [B, kv_heads, group, P].
+
+    budget: a number of pages, or one for each sequence, [B, 1, 1].
 
     The support of entmax lies within a fixed distance of a head's largest score, so what counts
     is how far below the head's own best page a page's reach lies. A group ranks a page by the

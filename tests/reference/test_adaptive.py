@@ -7,7 +7,7 @@ from entmaxkv_kernels import Adaptive, analyze_decode
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.reference.adaptive import adaptive_pages
 from entmaxkv_kernels.reference.entmax import entmax_threshold
-from entmaxkv_kernels.reference.quest import page_reaches
+from entmaxkv_kernels.reference.quest import page_reaches, quest_bounds
 from entmaxkv_kernels.reference.scores import scale_to_scores
 
 from .scene import make_scene
@@ -48,7 +48,7 @@ def true_scores(scene, sequence, alpha, slopes):
 @pytest.mark.parametrize("first_pages", [1, 5])
 def test_no_page_left_out_reaches_the_threshold_of_what_was_read(alpha, slopes, first_pages):
     scene = make_scene([701, 333], group=3, statistics=BOX, spread=4, coherence=0.8, seed=3)
-    selector = Adaptive(reach=1.2, first_pages=first_pages)
+    selector = Adaptive(reach=1.2, first_pages=first_pages, guard=0)
     candidates, chosen = chosen_of(scene, selector, alpha, slopes)
     reaches = page_reaches(candidates, selector.reach)
     heads = torch.as_tensor(alpha).expand(6).view(2, 3)
@@ -69,7 +69,7 @@ def test_no_page_left_out_reaches_the_threshold_of_what_was_read(alpha, slopes, 
 
 def test_a_later_round_reads_only_pages_that_reach_the_threshold():
     scene = make_scene([1100], group=1, kv_heads=1, statistics=BOX, spread=6, coherence=0.9)
-    selector = Adaptive(reach=1.0, first_pages=2)
+    selector = Adaptive(reach=1.0, first_pages=2, guard=0)
     candidates, chosen = chosen_of(scene, selector)
     reaches = page_reaches(candidates, selector.reach)[0, 0, 0]
     scores = true_scores(scene, 0, 1.5, None)[0, 0]
@@ -94,10 +94,34 @@ def test_pages_of_equal_keys_are_chosen_without_loss(alpha):
     assert report.selected[0].float().mean() < 0.7
 
 
+def test_a_guard_reads_the_pages_with_the_highest_bounds():
+    scene = make_scene([1050, 333], group=2, statistics=BOX, spread=3, coherence=0.7)
+    candidates, chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0.25))
+    bounds = quest_bounds(candidates)
+    for b, (pages, guards) in enumerate([(65, 16), (20, 5)]):
+        below = (bounds[b] - bounds[b, :, :, :pages].amax(-1, keepdim=True)).amax(1)
+        for h in range(2):
+            assert chosen[b, h, below[h, :pages].topk(guards).indices].all()
+    few = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0))[1]
+    assert few.sum() < chosen.sum() < 65
+
+
+def test_an_isolated_needle_is_found_by_its_bound_alone():
+    scene = make_scene([1600], group=1, kv_heads=1, statistics=BOX, spread=2, coherence=0.95)
+    query = scene.last_queries[0, 0]
+    scores = true_scores(scene, 0, 1.5, None)[0, 0]
+    lacking = scores.max() + 0.9 - scores[804]
+    factor = 0.5 * scene.scale
+    scene.key[0][804] += query * lacking / (factor * query.square().sum())
+    scene.append_all()
+    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0)).dropped_mass.item() > 0.5
+    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0.1)).dropped_mass.item() < 0.1
+
+
 def test_a_wider_reach_reads_more_and_an_endless_one_everything():
     scene = make_scene([900], group=2, statistics=BOX, spread=3, coherence=0.7)
     shares = [
-        chosen_of(scene, Adaptive(reach=reach, first_pages=1))[1][..., :56].float().mean().item()
+        chosen_of(scene, Adaptive(reach, first_pages=1, guard=0))[1][..., :56].float().mean().item()
         for reach in (0.5, 1.0, 1.75, 100.0)
     ]
     assert shares == sorted(shares)
@@ -157,8 +181,15 @@ def test_compiled_kernels_are_refused():
         ({"reach": float("nan")}, "reach is nan"),
         ({"reach": float("inf")}, "reach is inf"),
         ({"first_pages": 0}, "first_pages is 0"),
+        ({"guard": 1.1}, "guard is 1.1"),
     ],
-    ids=["no reach", "a reach that is no number", "an infinite reach", "no first pages"],
+    ids=[
+        "no reach",
+        "a reach that is no number",
+        "an infinite reach",
+        "no first pages",
+        "too many guards",
+    ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
