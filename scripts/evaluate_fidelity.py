@@ -113,11 +113,15 @@ def summary(values: Tensor, worst: str) -> dict[str, float]:
 
 def place_summaries(values: Tensor, worst: str) -> dict[str, Any]:
     """Of values [positions, heads]: all together, by head, and by position."""
-    bins = values.chunk(POSITION_BINS)
+
+    def short(part: Tensor) -> dict[str, float]:
+        whole = summary(part, worst)
+        return {key: whole[key] for key in ("mean", "p99", "worst")}
+
     return {
         **summary(values, worst),
-        "by_head": [summary(head, worst) for head in values.unbind(1)],
-        "by_position": [summary(part, worst) for part in bins],
+        "by_head": [short(head) for head in values.unbind(1)],
+        "by_position": [short(part) for part in values.chunk(POSITION_BINS)],
     }
 
 
@@ -314,7 +318,10 @@ def main() -> None:
         "model": arguments.model.name,
         "alpha": model.config.entmax_alpha,
         "training": json.loads(training.read_text()) if training.exists() else None,
-        "arguments": {name: str(value) for name, value in vars(arguments).items()},
+        "arguments": {
+            name: value.name if isinstance(value, Path) else str(value)
+            for name, value in vars(arguments).items()
+        },
     }
     selectors, contexts = arguments.selectors, arguments.contexts
     with chunks_of(GPU_CHUNK_ELEMENTS if model.device.type == "cuda" else None):

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ RESULTS = DOCS / "results"
 STUDY = RESULTS / "fidelity-selectors.json"
 DEMO = RESULTS / "fidelity-demo-model.json"
 TWINS = {"entmax": 1.5, "softmax": 1.0}
+LAYERED = ("gaussian", "topk:1024", "adaptive:1.75", "adaptive:2.25")
 PAPER = "gaussian"
 DEFAULT = "adaptive, reach 1.75"
+NEEDLE_SELECTORS = [PAPER, DEFAULT, "unguarded, reach 1.75"]
+NEEDLE_SELECTORS += ["guard 6.25%, reach 1.75", "guard 12.50%, reach 1.75", "topk, 12.50%"]
 
 Row = dict[str, Any]
 
@@ -34,12 +39,10 @@ def made_on(result: dict[str, Any], path: Path) -> str:
 
 
 def part_of_twins(name: str, part: str) -> tuple[list[Row], str]:
-    """The rows of one part of a twin's results, if there are any, and what they were made on."""
+    """The rows of one file of a twin's results, and what they were made on."""
     path = RESULTS / f"fidelity-twins-{name}-{part}.json"
-    if not path.exists():
-        return [], ""
     result = load(path)
-    return result[part], made_on(result, path)
+    return result[result["arguments"]["parts"].strip("[']")], made_on(result, path)
 
 
 def number(value: float) -> str:
@@ -60,6 +63,10 @@ def at_equal_pages(rows: list[Row], pages: float) -> Row | None:
     return max(fitting, key=lambda row: row["pages_read"], default=None)
 
 
+def missed(row: Row | None) -> str:
+    return "-" if row is None else f"{row['needles_missed']:.0%} ({row['pages_read']:.0%})"
+
+
 def study_row(rows: list[Row]) -> tuple[str, ...]:
     by_name = {row["selector"]: row for row in rows}
     paper = by_name[PAPER]
@@ -77,24 +84,20 @@ def study_tables() -> list[str]:
     result = load(STUDY)
     lines = ["### Selectors on synthetic and recorded heads", "", made_on(result, STUDY), ""]
     places = dict.fromkeys((r["keys"], r["length"]) for r in result["synthetic"])
-    rows, needles = [], []
+    rows: list[tuple[object, ...]] = []
+    needles: list[tuple[object, ...]] = []
     for keys, length in places:
         here = [r for r in result["synthetic"] if (r["keys"], r["length"]) == (keys, length)]
         rows.append((keys, length, *study_row([r for r in here if not r["needle"]])))
         with_needle = [r for r in here if r["needle"]]
-        missed = {r["selector"]: r for r in with_needle}
-        equal = at_equal_pages(with_needle, missed[PAPER]["pages_read"])
-        shown = [missed[PAPER], equal, missed[DEFAULT], missed["topk, 6.25%"]]
-        needles.append(
-            (
-                keys,
-                length,
-                *("-" if row is None else f"{row['needles_missed']:.0%}" for row in shown),
-            )
-        )
+        by_name = {r["selector"]: r for r in with_needle}
+        shown: list[Row | None] = [by_name[name] for name in NEEDLE_SELECTORS]
+        shown.insert(1, at_equal_pages(with_needle, by_name[PAPER]["pages_read"]))
+        needles.append((keys, length, *map(missed, shown)))
     lines += table_lines(["keys", "length", *STUDY_TITLES], rows)
-    titles = ["keys and a needle", "length", "`gaussian` misses", "`adaptive` at equal pages"]
-    titles += ["`adaptive` 1.75", "`topk` 6.25%"]
+    titles = ["keys and a needle", "length", "`gaussian`", "`adaptive` at equal pages"]
+    titles += ["`adaptive` 1.75", "without its guard", "guard of 6.25%", "of 12.5%", "`topk` 12.5%"]
+    lines += ["", "Share of needles missed, and of pages read:"]
     lines += ["", *table_lines(titles, needles), ""]
     recorded = dict.fromkeys((row["model"], row["layer"]) for row in result["recorded"])
     rows = [
@@ -110,34 +113,59 @@ def study_tables() -> list[str]:
     return [*lines, *table_lines(["recorded from", "layer", *STUDY_TITLES], rows)]
 
 
+def more_than_exact(row: Row, exact: Row) -> str:
+    """By how much perplexity is above that of exact decoding, with the standard error of the mean
+    over sequences."""
+    pairs = zip(row["by_sequence"], exact["by_sequence"], strict=True)
+    more = [ours - theirs for ours, theirs in pairs]
+    error = statistics.stdev(more) / len(more) ** 0.5
+    return f"{math.expm1(statistics.mean(more)):+.2%} ± {error:.2%}"
+
+
+def perplexity_cells(rows: dict[tuple[int, str], Row], context: int, selector: str) -> list[str]:
+    row = rows.get((context, selector))
+    if row is None:
+        return ["-", "-"]
+    shown = f"{math.exp(row['nats_per_byte']):.4f}"
+    return [shown, more_than_exact(row, rows[context, "exact"]) if selector != "exact" else ""]
+
+
 def perplexity_tables() -> Iterator[str]:
-    found = {name: part_of_twins(name, "perplexity") for name in TWINS}
-    if not all(rows for rows, _ in found.values()):
-        return
+    names = {"entmax": ("entmax", "perplexity"), "softmax": ("softmax", "perplexity")}
+    names["fewer steps"] = ("entmax", "adaptive")
+    found = {name: part_of_twins(*place) for name, place in names.items()}
     yield from ["### Perplexity of held-out text", "", *(made for _, made in found.values()), ""]
-    entmax, softmax = (
-        {(row["context"], row["selector"]): row for row in rows} for rows, _ in found.values()
-    )
-    rows = []
-    for context, selector in entmax:
-        line: list[object] = [context, f"`{selector}`"]
-        for side in (entmax, softmax):
-            row = side.get((context, selector))
-            if row is None:
-                line += ["-", "-"]
-                continue
-            change = row["nats_per_byte"] - side[context, "exact"]["nats_per_byte"]
-            line += [f"{2.718281828459045 ** row['nats_per_byte']:.4f}", f"{change:+.3%}"]
-        rows.append(line)
-    titles = ["context", "selector", "entmax", "more", "softmax", "more"]
-    yield from table_lines(titles, rows)
+    by_place = {
+        name: {(row["context"], row["selector"]): row for row in rows}
+        for name, (rows, _) in found.items()
+    }
+    lines = [
+        (
+            context,
+            f"`{selector}`",
+            *perplexity_cells(by_place["entmax"], context, selector),
+            *perplexity_cells(by_place["softmax"], context, selector),
+        )
+        for context, selector in by_place["entmax"]
+    ]
+    titles = ["context", "selector", "entmax", "more than `exact`", "softmax", "more than `exact`"]
+    yield from table_lines(titles, lines)
+    yield from [
+        "",
+        "The last 128 tokens of each window alone, with `adaptive` without its guard:",
+        "",
+    ]
+    fewer = by_place["fewer steps"]
+    lines = [
+        (context, f"`{selector}`", *perplexity_cells(fewer, context, selector))
+        for context, selector in fewer
+    ]
+    yield from table_lines(titles[:4], lines)
     yield ""
 
 
 def task_tables() -> Iterator[str]:
     found = {name: part_of_twins(name, "tasks") for name in TWINS}
-    if not all(rows for rows, _ in found.values()):
-        return
     yield from ["### Tasks after RULER", "", *(made for _, made in found.values()), ""]
     scores: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
     columns: dict[tuple[str, str], None] = {}
@@ -182,23 +210,34 @@ ATTENTION_TITLES += ["output error", "99th percentile", "worst", "recall"]
 ATTENTION_TITLES += ["certified", "least slack of the bound"]
 
 
+def position_cells(rows: list[Row]) -> list[str]:
+    """Dropped mass in each part of the positions, over layers and heads."""
+    cells = []
+    for parts in zip(*(row["dropped_mass"]["by_position"] for row in rows), strict=True):
+        mean = sum(part["mean"] for part in parts) / len(parts)
+        cells.append(f"{number(mean)} ({number(max(part['worst'] for part in parts))})")
+    return cells
+
+
 def attention_tables() -> Iterator[str]:
     found = {name: part_of_twins(name, "attention") for name in TWINS}
-    if not all(rows for rows, _ in found.values()):
-        return
     yield from ["### Attention of the twins", "", *(made for _, made in found.values()), ""]
-    rows, layers = [], []
+    rows, layers, places = [], [], []
     for name, (measured, _) in found.items():
         for context, selector in dict.fromkeys((r["context"], r["selector"]) for r in measured):
             here = [r for r in measured if (r["context"], r["selector"]) == (context, selector)]
             rows.append((name, context, f"`{selector}`", *attention_line(here)))
-            if context == max(r["context"] for r in measured):
+            if context == max(r["context"] for r in measured) and selector in LAYERED:
                 layers += [
                     (name, f"`{selector}`", row["layer"], *attention_line([row])) for row in here
                 ]
+                places.append((name, f"`{selector}`", *position_cells(here)))
     yield from table_lines(["model", "context", "selector", *ATTENTION_TITLES], rows)
     yield from ["", "Layer by layer, at the longest context:", ""]
     yield from table_lines(["model", "selector", "layer", *ATTENTION_TITLES], layers)
+    yield from ["", "Dropped mass by position, in eighths of those measured: mean (worst):", ""]
+    titles = ["model", "selector", *(f"{eighth}" for eighth in range(1, 9))]
+    yield from table_lines(titles, places)
     yield ""
 
 

@@ -288,7 +288,10 @@ def main() -> None:
     parameters = sum(p.numel() for p in trainees[0].model.parameters())
     print(f"{parameters:,} parameters, {len(haystack(False)):,} bytes of text", flush=True)
     warm_up(trainees, arguments)
-    settings = {name: str(value) for name, value in vars(arguments).items()}
+    settings = {
+        name: value.name if isinstance(value, Path) else str(value)
+        for name, value in vars(arguments).items()
+    }
     trained: dict[str, Any] = {"parameters": parameters, "arguments": settings}
     try:
         train(trainees, Budget(arguments.minutes, arguments.steps, start), arguments, trained)

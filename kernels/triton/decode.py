@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
-from ..selectors import CompiledSelector, Exact, Gaussian, TopK
+from ..selectors import CompiledSelector, Exact, Gaussian, Selector, TopK
 from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .certificate import BOUNDED
@@ -164,7 +164,7 @@ def step_shape(
     query: Tensor,
     cache: PagedCache,
     block_table: Tensor,
-    selector: CompiledSelector,
+    selector: Selector,
     exact_below: int,
     certified: bool = False,
 ) -> Shape:
