@@ -118,6 +118,19 @@ def test_an_isolated_needle_is_found_by_its_bound_alone():
     assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0.1)).dropped_mass.item() < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_newest_tokens_count_in_the_threshold(seed):
+    # Stale pages are poison: a step that read another page for the last one would choose others.
+    scene = make_scene([407, 221], group=2, statistics=BOX, spread=5, coherence=0.8, seed=seed)
+    selector = Adaptive(reach=1.0, first_pages=1, guard=0)
+    chosen = chosen_of(scene, selector)[1]
+    selected = report_of(scene, selector).selected
+    for b, length in enumerate([407, 221]):
+        full = length // 16
+        assert selected[b, :, :full].equal(chosen[b, :, :full])
+        assert selected[b, :, full].all()
+
+
 def test_a_wider_reach_reads_more_and_an_endless_one_everything():
     scene = make_scene([900], group=2, statistics=BOX, spread=3, coherence=0.7)
     shares = [
