@@ -28,11 +28,11 @@ from byte_tokenizer import BOS, EOS, PAD
 from llama import load_model
 from paged_model import PagedModel, implementation_for, parse_selector
 from ruler import TASKS, ruler_tasks
-from timing import checked_out
 from torch import Tensor
 from train import add_packages
 
 from entmaxkv_kernels import Exact, Selector, analyze_decode, decode
+from entmaxkv_vllm.bench.provenance import checked_out
 from entmaxkv_vllm.retrieval import haystack
 
 PARTS = ("tasks", "perplexity", "attention")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timing import checked_out
 from torch import Tensor
 
 from entmaxkv_kernels import (
@@ -32,6 +31,7 @@ from entmaxkv_kernels import (
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.reference.entmax import solve_entmax
 from entmaxkv_kernels.reference.select import select_pages
+from entmaxkv_vllm.bench.provenance import checked_out
 
 ALPHA, HEAD_SIZE, GROUP, PAGE_SIZE = 1.5, 64, 4, 16
 LENGTHS = (8192, 32768, 131072)
