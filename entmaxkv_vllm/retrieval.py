@@ -30,6 +30,9 @@ SKIPPED_DIRECTORIES = {
 }
 LARGEST_SOURCE_FILE = 256 * 1024
 
+TEXT_FOLDERS = [Path(sysconfig.get_paths()["stdlib"])]
+"""Folders whose source files are the haystack; to be added to before the first is drawn from."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -77,17 +80,18 @@ def is_held_out(name: str) -> bool:
 
 @cache
 def haystack(held_out: bool) -> str:
-    """The standard library's ASCII source files of one part, joined in a fixed shuffled order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    """The ASCII source files of TEXT_FOLDERS of one part, joined in a fixed shuffled order."""
     texts = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIPPED_DIRECTORIES.intersection(path.relative_to(root).parts):
-            continue
-        if is_held_out(name) is held_out and path.stat().st_size <= LARGEST_SOURCE_FILE:
-            source = path.read_bytes()
-            if source.isascii():
-                texts.append(source.decode().replace("\r\n", "\n"))
+    for root in TEXT_FOLDERS:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if SKIPPED_DIRECTORIES.intersection(relative.parts):
+                continue
+            in_part = is_held_out(relative.as_posix()) is held_out
+            if in_part and path.stat().st_size <= LARGEST_SOURCE_FILE:
+                source = path.read_bytes()
+                if source.isascii():
+                    texts.append(source.decode().replace("\r\n", "\n"))
     random.Random(0).shuffle(texts)
     return "\n".join(texts)
 

@@ -8,9 +8,10 @@ sparse step with the exact one with `analyze_decode`.
 from .api import analyze_decode, append, decode, prefill
 from .pages import PagedCache, PageLayout, allocate_pages, split_pages
 from .report import Counter, DecodeReport
-from .selectors import Exact, Gaussian, Selector, TopK
+from .selectors import Adaptive, Exact, Gaussian, Selector, TopK
 
 __all__ = [
+    "Adaptive",
     "Counter",
     "DecodeReport",
     "Exact",

@@ -4,6 +4,7 @@ A selector is a plain description; the rule itself lives with the kernels. `stat
 page statistics that the rule reads, which is what the page layout has to hold.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -79,4 +80,38 @@ class TopK:
             raise ValueError(f"token_budget is {self.token_budget}; expected at least 0")
 
 
-Selector = Exact | Gaussian | TopK
+@dataclass(frozen=True)
+class Adaptive:
+    """The pages that can reach a threshold of true scores; for entmax, by the reference alone.
+
+    The pages that seem best are read first. Of the others those are read that seem to reach above
+    the threshold of what was read, a lower bound of the threshold of all keys that rises with each
+    round of reading, until there is none. The budget follows from the scores.
+
+    reach: how high the scores of a page are taken to reach above its center, in half-widths of its
+        box in the Euclidean norm. More reads more and drops less.
+    first_pages: pages that are read first; a later round reads at most as many as were read.
+    guard: share of the pages that are read first, too, as those with the highest bounds. An
+        isolated key that the estimate misses is likely to be in one of them.
+    """
+
+    reach: float = 1.75
+    first_pages: int = 16
+    guard: float = 1 / 32
+
+    name: ClassVar[str] = "adaptive"
+    statistics: ClassVar[tuple[str, ...]] = BOX
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reach < math.inf:
+            raise ValueError(f"reach is {self.reach}; expected a finite number above 0")
+        if self.first_pages < 1:
+            raise ValueError(f"first_pages is {self.first_pages}; expected at least 1")
+        if not 0 <= self.guard <= 1:
+            raise ValueError(f"guard is {self.guard}; expected within [0, 1]")
+
+
+CompiledSelector = Exact | Gaussian | TopK
+"""Those that there are compiled kernels for."""
+
+Selector = CompiledSelector | Adaptive

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .pages import FP8, PagedCache
 from .report import Counter
-from .selectors import Exact, Gaussian, Selector, TopK
+from .selectors import Adaptive, Gaussian, Selector
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8_INPUTS = (torch.float16, torch.bfloat16, torch.float32)
@@ -163,20 +163,21 @@ def check_decode(
 ) -> None:
     batch, device = len(seq_lens), query.device
     _require(len(query) == batch, "query", f"{len(query)} tokens", f"one for each of {batch} rows")
-    if not isinstance(selector, Exact | Gaussian | TopK):
-        raise TypeError(f"selector is {selector!r}; expected an Exact, Gaussian or TopK")
+    if not isinstance(selector, Selector):
+        expected = "an Exact, Gaussian, TopK or Adaptive"
+        raise TypeError(f"selector is {selector!r}; expected {expected}")
     _require(
         selector.statistics in ((), cache.layout.statistics),
         "cache.layout.statistics",
         cache.layout.statistics,
         f"{selector.statistics}, which the {selector.name} selector reads",
     )
-    if isinstance(selector, Gaussian):
+    if isinstance(selector, Gaussian | Adaptive):
         _require(
             1.0 not in alphas,
             "alpha",
             "1 (softmax) for some head",
-            "above 1 with the gaussian selector: softmax has no threshold to estimate",
+            f"above 1 with the {selector.name} selector: softmax has no threshold to reach",
         )
     if exact_rows is not None:
         _tensor("exact_rows", exact_rows, (batch,), (torch.bool,), device)
@@ -216,6 +217,14 @@ def check_compiled(cache: PagedCache) -> None:
         "on the CPU",
         "on a GPU for implementation 'triton'",
     )
+
+
+def check_compiled_selector(selector: Selector) -> None:
+    if isinstance(selector, Adaptive):
+        raise ValueError(
+            f"selector is {selector!r}, which has no compiled kernels; expected an Exact, Gaussian "
+            "or TopK for implementation 'triton', or implementation 'reference'"
+        )
 
 
 def check_workspace(workspace: Tensor, query: Tensor) -> None:

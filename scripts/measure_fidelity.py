@@ -2,7 +2,7 @@
 
 Each needle task is prefilled once. Its answer is then generated twice from the cached prompt:
 exactly, and with the selector. While the selector decodes, every step is compared with the exact
-one over the same cache. Writes one JSON file, and the table of docs/fidelity.md from it.
+one over the same cache. Writes one JSON file; `tabulate_fidelity.py` shows it in docs/fidelity.md.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import put_tables
 
 from entmaxkv_kernels import Exact, analyze_decode
 from entmaxkv_vllm import DEMO_MODEL, __version__
@@ -196,7 +195,6 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=50, help="for each length and number of keys")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--page", type=Path, help="a Markdown page to put the tables into")
     arguments = parser.parse_args()
     result = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -209,8 +207,6 @@ def main() -> None:
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    if arguments.page:
-        put_tables(arguments.page, table(result))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 from byte_tokenizer import BOS, EOS
+from ruler import ruler_training_text
 
 from entmaxkv_vllm.retrieval import END_OF_ANSWER, TrainingText, training_text
 
@@ -27,15 +28,21 @@ def repeated_text(rng: random.Random, length: int) -> TrainingText:
 
 
 def training_batch(
-    rng: random.Random, rows: int, length: int, repeated_share: float
+    rng: random.Random, rows: int, length: int, repeated_share: float, ruler_share: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, length + 1] int64 and the weights [rows, length] float32 of the targets."""
+    """Tokens [rows, length + 1] int64 and the weights [rows, length] float32 of the targets.
+
+    Of the documents, `repeated_share` repeat random bytes and, of the others, `ruler_share` ask
+    what only RULER's tasks ask.
+    """
     tokens = np.full((rows, length + 1), BOS, dtype=np.int64)
     weights = np.ones((rows, length), dtype=np.float32)
     end = ord(END_OF_ANSWER)
     for row in range(rows):
         first = 0 if rng.random() < SHARE_WITHOUT_BOS else 1
         make = repeated_text if rng.random() < repeated_share else training_text
+        if make is training_text and ruler_share and rng.random() < ruler_share:
+            make = ruler_training_text
         sample = make(rng, length + 1 - first)
         codes = np.frombuffer(sample.text.encode("latin-1"), dtype=np.uint8)
         tokens[row, first:] = codes

@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import check_certificate
-import measure_fidelity
 import pytest
 import soak
+import tabulate_fidelity
 import tabulate_guide
 import tabulate_kernels
 
@@ -24,8 +24,10 @@ def result():
     return json.loads((DOCS / "results" / "fidelity-demo-model.json").read_text())
 
 
-def test_the_fidelity_page_shows_its_result_file(result):
-    assert measure_fidelity.table(result) in (DOCS / "fidelity.md").read_text()
+def test_the_fidelity_page_shows_its_result_files():
+    tables = tabulate_fidelity.tables()
+    assert tables in (DOCS / "fidelity.md").read_text()
+    assert all(f"(results/{path.name})" in tables for path in DOCS.glob("results/fidelity-*.json"))
 
 
 def test_the_kernels_page_shows_its_result_files():
@@ -131,3 +133,44 @@ def test_every_link_to_a_file_of_the_project_leads_somewhere(page):
     for target in targets:
         if not target.startswith(("http", "#")):
             assert (page.parent / target).exists(), target
+
+
+def test_an_adaptive_selector_of_the_same_pages_drops_no_more_on_keys_that_can_be_chosen_from():
+    result = json.loads((DOCS / "results" / "fidelity-selectors.json").read_text())
+    compared = 0
+    places = {(row["keys"], row["length"]) for row in result["synthetic"]}
+    for place in places - {("independent", 131072)}:
+        rows = [r for r in result["synthetic"] if (r["keys"], r["length"]) == place]
+        rows = [row for row in rows if not row["needle"]]
+        paper = next(row for row in rows if row["selector"] == "gaussian")
+        ours = tabulate_fidelity.at_equal_pages(rows, paper["pages_read"])
+        assert ours["pages_read"] <= paper["pages_read"]
+        assert ours["dropped_mass"] <= max(paper["dropped_mass"], 1e-5)
+        compared += 1
+    assert compared == 17
+
+
+def test_entmax_drops_less_than_softmax_at_every_budget_and_no_bound_is_below_the_truth():
+    rows = {
+        (name, row["context"], row["selector"], row["layer"]): row
+        for name in tabulate_fidelity.TWINS
+        for row in tabulate_fidelity.part_of_twins(name, "attention")[0]
+    }
+    for budget in (512, 1024, 2048, 4096, 8192):
+        for key in ("dropped_mass", "output_error"):
+            means = [
+                sum(rows[name, 16384, f"topk:{budget}", layer][key]["mean"] for layer in range(8))
+                for name in ("entmax", "softmax")
+            ]
+            assert means[0] < means[1]
+    for row in rows.values():
+        assert row.get("least_slack_of_bound", 0) >= -1e-5
+
+
+def test_gaussian_solves_what_exact_solves_up_to_a_task_of_64_at_every_length():
+    rows, _ = tabulate_fidelity.part_of_twins("entmax", "tasks")
+    solved = {(r["task"], r["context"], r["selector"]): sum(r["solved"]) for r in rows}
+    places = {(row["task"], row["context"]) for row in rows}
+    assert len(places) == 28
+    for place in places:
+        assert solved[*place, "gaussian"] >= solved[*place, "exact"] - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..report import Counter, DecodeReport
-from ..selectors import Exact, Selector, TopK
+from ..selectors import Adaptive, Exact, Selector, TopK
 from .certificate import certificate as certificate_of
 from .certificate import count_by_size, dropped_mass_bound, round_up
 from .entmax import solve_entmax
@@ -104,7 +104,7 @@ def _bounds_of(
     selector: Selector, query: Tensor, cache: PagedCache, seq_lens: Tensor, window: int | None
 ) -> Tensor | None:
     """What `select_pages` writes bounds to, [B, kv_heads, group, P] of -inf, if there are any."""
-    if not isinstance(selector, TopK) or window is not None:
+    if not isinstance(selector, TopK | Adaptive) or window is not None:
         return None
     kv_heads, page_size = cache.key.shape[1:3]
     pages = -(-int(seq_lens.max()) // page_size) if len(seq_lens) else 0

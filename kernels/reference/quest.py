@@ -22,14 +22,16 @@ def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
 
 
-def page_reaches(candidates: Candidates) -> Tensor:
+def page_reaches(candidates: Candidates, widths: float = 1.0) -> Tensor:
     """How high the scores z of each page reach, [B, kv_heads, group, P], for their ranking.
 
     ALiBi counts at the page's most favourable position.
+
+    widths: half-widths above the center that count, in the Euclidean norm.
     """
     query, slopes = _scaled(candidates)
     center = query @ candidates.statistics[0].mT
-    return center + _spreads(candidates) + _most_favourable(candidates, slopes)
+    return center + widths * _spreads(candidates) + _most_favourable(candidates, slopes)
 
 
 def _spreads(candidates: Candidates) -> Tensor:
@@ -93,9 +95,11 @@ def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:
     return choose_pages(page_reaches(candidates), candidates.ranked, budget)
 
 
-def choose_pages(reaches: Tensor, ranked: Tensor, budget: int) -> Tensor:
+def choose_pages(reaches: Tensor, ranked: Tensor, budget: int | Tensor) -> Tensor:
     """The best `budget` pages [B, kv_heads, P] bool of those ranked [B, P], by reaches
     [B, kv_heads, group, P].
+
+    budget: a number of pages, or one for each sequence, [B, 1, 1].
 
     The support of entmax lies within a fixed distance of a head's largest score, so what counts
     is how far below the head's own best page a page's reach lies. A group ranks a page by the

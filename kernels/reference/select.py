@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..pages import PagedCache
-from ..selectors import Exact, Gaussian, Selector
+from ..selectors import Adaptive, Exact, Gaussian, Selector
+from .adaptive import adaptive_pages
 from .candidates import Candidates
 from .gaussian import gaussian_pages
 from .quest import quest_pages, sound_bounds
@@ -86,10 +87,12 @@ def select_pages(
         )
         if isinstance(selector, Gaussian):
             chosen = gaussian_pages(candidates, selector)
+        elif isinstance(selector, Adaptive):
+            chosen = adaptive_pages(candidates, selector, cache, ids)
         else:
             chosen = quest_pages(candidates, selector)
-            if bounds is not None:
-                sound = sound_bounds(candidates)
-                bounds[rows] = sound.masked_fill(~ranked[:, None, None], -torch.inf)
+        if bounds is not None:
+            sound = sound_bounds(candidates)
+            bounds[rows] = sound.masked_fill(~ranked[:, None, None], -torch.inf)
         selected[rows] = chosen | (held[rows] & ~ranked)[:, None]
     return Selection(held, selected, sparse)

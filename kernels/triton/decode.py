@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
-from ..selectors import Exact, Gaussian, Selector, TopK
+from ..selectors import CompiledSelector, Exact, Gaussian, Selector, TopK
 from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .certificate import BOUNDED
@@ -48,7 +48,7 @@ def decode(
     *,
     scale: float,
     alpha: float | Tensor,
-    selector: Selector,
+    selector: CompiledSelector,
     alibi_slopes: Tensor | None,
     sliding_window: int | None,
     exact_rows: Tensor | None,

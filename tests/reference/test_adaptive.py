@@ -1,0 +1,209 @@
+"""The adaptive selector: what it reads, when it ends, and whom it refuses."""
+
+import pytest
+import torch
+
+from entmaxkv_kernels import Adaptive, analyze_decode
+from entmaxkv_kernels.pages import BOX
+from entmaxkv_kernels.reference.adaptive import adaptive_pages
+from entmaxkv_kernels.reference.entmax import entmax_threshold
+from entmaxkv_kernels.reference.quest import page_reaches, quest_bounds
+from entmaxkv_kernels.reference.scores import scale_to_scores
+
+from .scene import make_scene
+from .test_gaussian import candidates_of
+
+SLOPES = torch.tensor([0.05, 0.01, 0.0, -0.02, 0.1, 0.01])
+ALPHAS = torch.tensor([1.25, 1.5, 2.0, 1.5, 1.75, 4 / 3])
+
+
+def report_of(scene, selector, **options):
+    options = {"scale": scene.scale, "alpha": 1.5, "selector": selector} | options
+    queries, table = scene.last_queries, scene.block_table
+    return analyze_decode(queries, scene.cache, table, scene.seq_lens, **options)
+
+
+def chosen_of(scene, selector, alpha=1.5, slopes=None):
+    candidates = candidates_of(scene, alpha, slopes)
+    pages = candidates.ranked.shape[1]
+    held = torch.arange(pages) <= candidates.ranked.sum(-1)[:, None]
+    ids = scene.block_table[:, :pages].long().masked_fill(~held, 0)
+    return candidates, adaptive_pages(candidates, selector, scene.cache, ids)
+
+
+def true_scores(scene, sequence, alpha, slopes):
+    """z [kv_heads, group, tokens] of the last query of one sequence."""
+    query = scene.last_queries[sequence : sequence + 1]
+    query, slopes = scale_to_scores(query, scene.scale, alpha, slopes)
+    key = scene.key[sequence]
+    scores = torch.einsum("hgd,nhd->hgn", query[0].unflatten(0, (key.shape[1], -1)), key)
+    if slopes is not None:
+        distance = torch.arange(len(key)) - (len(key) - 1)
+        scores = scores + slopes.view(key.shape[1], -1, 1) * distance
+    return scores
+
+
+@pytest.mark.parametrize("alpha", [1.5, ALPHAS], ids=["one alpha", "an alpha for each head"])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["no ALiBi", "ALiBi"])
+@pytest.mark.parametrize("first_pages", [1, 5])
+def test_no_page_left_out_reaches_the_threshold_of_what_was_read(alpha, slopes, first_pages):
+    scene = make_scene([701, 333], group=3, statistics=BOX, spread=4, coherence=0.8, seed=3)
+    selector = Adaptive(reach=1.2, first_pages=first_pages, guard=0)
+    candidates, chosen = chosen_of(scene, selector, alpha, slopes)
+    reaches = page_reaches(candidates, selector.reach)
+    heads = torch.as_tensor(alpha).expand(6).view(2, 3)
+    left_out = 0
+    for b, length in enumerate([701, 333]):
+        full = (length - 1) // 16
+        scores = true_scores(scene, b, alpha, slopes)
+        for h in range(2):
+            read = chosen[b, h].repeat_interleave(16)[:length]
+            read = torch.nn.functional.pad(read[: full * 16], (0, length - full * 16), value=True)
+            for g in range(3):
+                tau = entmax_threshold(scores[h, g, read], heads[h, g].item())
+                unread = ~chosen[b, h, :full]
+                assert (reaches[b, h, g, :full][unread] <= tau + 1e-9).all()
+                left_out += int(unread.sum())
+    assert left_out > 50
+
+
+def test_a_later_round_reads_only_pages_that_reach_the_threshold():
+    scene = make_scene([1100], group=1, kv_heads=1, statistics=BOX, spread=6, coherence=0.9)
+    selector = Adaptive(reach=1.0, first_pages=2, guard=0)
+    candidates, chosen = chosen_of(scene, selector)
+    reaches = page_reaches(candidates, selector.reach)[0, 0, 0]
+    scores = true_scores(scene, 0, 1.5, None)[0, 0]
+    first = reaches[:68].topk(2).indices
+    read = torch.zeros(len(scores), dtype=torch.bool)
+    read[68 * 16 :] = True
+    for page in first.tolist():
+        read[page * 16 : page * 16 + 16] = True
+    lowest = entmax_threshold(scores[read], 1.5)
+    later = chosen[0, 0, :68].clone()
+    later[first] = False
+    assert later.any()
+    assert (reaches[:68][later] > lowest).all()
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_pages_of_equal_keys_are_chosen_without_loss(alpha):
+    scene = make_scene([517, 90, 16, 1], group=2, statistics=BOX, spread=8, coherence=1.0)
+    report = report_of(scene, Adaptive(first_pages=1), alpha=alpha)
+    assert report.dropped_mass.max() < 1e-12
+    assert (report.support_recall == 1).all()
+    assert report.selected[0].float().mean() < 0.7
+
+
+def test_a_guard_reads_the_pages_with_the_highest_bounds():
+    scene = make_scene([1050, 333], group=2, statistics=BOX, spread=3, coherence=0.7)
+    candidates, chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0.25))
+    bounds = quest_bounds(candidates)
+    for b, (pages, guards) in enumerate([(65, 16), (20, 5)]):
+        below = (bounds[b] - bounds[b, :, :, :pages].amax(-1, keepdim=True)).amax(1)
+        for h in range(2):
+            assert chosen[b, h, below[h, :pages].topk(guards).indices].all()
+    few = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0))[1]
+    assert few.sum() < chosen.sum() < 65
+
+
+def test_an_isolated_needle_is_found_by_its_bound_alone():
+    scene = make_scene([1600], group=1, kv_heads=1, statistics=BOX, spread=2, coherence=0.95)
+    query = scene.last_queries[0, 0]
+    scores = true_scores(scene, 0, 1.5, None)[0, 0]
+    lacking = scores.max() + 0.9 - scores[804]
+    factor = 0.5 * scene.scale
+    scene.key[0][804] += query * lacking / (factor * query.square().sum())
+    scene.append_all()
+    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0)).dropped_mass.item() > 0.5
+    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0.1)).dropped_mass.item() < 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_newest_tokens_count_in_the_threshold(seed):
+    # Stale pages are poison: a step that read another page for the last one would choose others.
+    scene = make_scene([407, 221], group=2, statistics=BOX, spread=5, coherence=0.8, seed=seed)
+    selector = Adaptive(reach=1.0, first_pages=1, guard=0)
+    chosen = chosen_of(scene, selector)[1]
+    selected = report_of(scene, selector).selected
+    for b, length in enumerate([407, 221]):
+        full = length // 16
+        assert selected[b, :, :full].equal(chosen[b, :, :full])
+        assert selected[b, :, full].all()
+
+
+def test_a_wider_reach_reads_more_and_an_endless_one_everything():
+    scene = make_scene([900], group=2, statistics=BOX, spread=3, coherence=0.7)
+    shares = [
+        chosen_of(scene, Adaptive(reach, first_pages=1, guard=0))[1][..., :56].float().mean().item()
+        for reach in (0.5, 1.0, 1.75, 100.0)
+    ]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.5
+    assert shares[-1] == 1
+
+
+def test_a_sequence_reads_the_same_pages_alone():
+    together = make_scene([450, 210, 777], group=2, statistics=BOX, spread=4, coherence=0.8)
+    chosen = report_of(together, Adaptive(first_pages=3)).selected
+    for b, length in enumerate([450, 210, 777]):
+        queries = together.last_queries[b : b + 1]
+        alone = analyze_decode(
+            queries,
+            together.cache,
+            together.block_table[b : b + 1],
+            together.seq_lens[b : b + 1],
+            scale=together.scale,
+            alpha=1.5,
+            selector=Adaptive(first_pages=3),
+        )
+        pages = -(-length // 16)
+        assert alone.selected[0].equal(chosen[b, :, :pages])
+
+
+def test_the_bound_of_dropped_mass_holds():
+    scene = make_scene([600, 340], group=4, statistics=BOX, spread=4, coherence=0.6)
+    report = report_of(scene, Adaptive(reach=0.6, first_pages=1))
+    assert report.dropped_mass.max() > 0.01
+    assert (report.dropped_bound >= report.dropped_mass - 1e-12).all()
+
+
+def test_decoding_is_the_exact_entmax_of_the_chosen_pages():
+    scene = make_scene([300, 77], group=2, statistics=BOX, spread=4, coherence=0.9)
+    report = report_of(scene, Adaptive())
+    error = (scene.decode(selector=Adaptive()) - scene.dense_decode()).norm(dim=-1)
+    norm = scene.dense_decode().norm(dim=-1)
+    torch.testing.assert_close(error / norm, report.output_error, atol=1e-9, rtol=1e-6)
+
+
+def test_softmax_is_refused():
+    scene = make_scene([50], statistics=BOX)
+    with pytest.raises(ValueError, match=r"alpha is 1 .*above 1 with the adaptive selector"):
+        scene.decode(selector=Adaptive(), alpha=1.0)
+
+
+def test_compiled_kernels_are_refused():
+    scene = make_scene([50], statistics=BOX, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"Adaptive\(.*no compiled kernels.*'reference'"):
+        scene.decode(selector=Adaptive(), implementation="triton")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"reach": 0.0}, "reach is 0.0"),
+        ({"reach": float("nan")}, "reach is nan"),
+        ({"reach": float("inf")}, "reach is inf"),
+        ({"first_pages": 0}, "first_pages is 0"),
+        ({"guard": 1.1}, "guard is 1.1"),
+    ],
+    ids=[
+        "no reach",
+        "a reach that is no number",
+        "an infinite reach",
+        "no first pages",
+        "too many guards",
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Adaptive(**settings)
