@@ -70,11 +70,11 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:
-    """The same, made so much larger that no rounding, of bounds, of scores or of a threshold by
-    scores of other pages, is in the way.
+    """The same, made so much larger that no rounding is in the way: once of bounds and the scores
+    below them, and once of scores that were read, by which the threshold moves.
 
     A sum of n products is wrong by at most n eps times the sum of their magnitudes, which is not
-    above that of the query's times the largest that a key of the page can have.
+    above that of the query's times the largest that a key of the sequence can have.
     """
     center, half_width = candidates.statistics
     query, slopes = _scaled(candidates)
@@ -86,7 +86,7 @@ def sound_bounds(candidates: Candidates) -> Tensor:
     if slopes is not None:
         magnitude = magnitude + slopes.abs() * candidates.seq_lens[:, None, None, None]
     rounding = 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
-    return quest_bounds(candidates) + rounding + rounding.amax(-1, keepdim=True)
+    return quest_bounds(candidates) + 2 * rounding.amax(-1, keepdim=True)
 
 
 def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:

@@ -39,7 +39,9 @@ def sum_unread(
     """
     o_c, o_s = tl.arange(0, BC), tl.arange(0, PSP)
     b_rounding = tl.load(p_rounding + i_head * PS + o_s, mask=o_s < PS, other=0.0)
-    slack = tl.max(b_rounding, 0) + TAU_ROUNDING * (1.0 + tl.abs(tau + peak))
+    # Of the bounds and the scores below them, and of scores that were read, by which the threshold
+    # moves.
+    slack = 2.0 * tl.max(b_rounding, 0) + TAU_ROUNDING * (1.0 + tl.abs(tau + peak))
     p_b = p_bound + i_head.to(tl.int64) * page_stride
     p_u = p_unread + i_row.to(tl.int64) * page_stride
     b_mass, b_possible = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.int32)

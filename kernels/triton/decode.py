@@ -30,14 +30,10 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 )
 """What the kernels are given of a choice of pages where there is none."""
 
-
 NO_BOUNDS: dict[str, Any] = dict.fromkeys(
     ("p_bound", "p_unread", "p_rounding", "p_unread_mass", "p_possible", "p_arrived")
 )
 """What they are given of bounds where nothing is certified by any."""
-
-BOX_REGISTERS = 168
-"""Registers of a thread that keeps bounds as well: with more, a third program has no room."""
 
 
 def decode(
@@ -215,8 +211,7 @@ def _list_pages(
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
     tiles = (shape.list_tiles, *rows[1:])
     if isinstance(selector, TopK):
-        registers = BOX_REGISTERS if arguments["CERTIFY"] else None
-        _chain(box_kernel, rows, arguments, maxnreg=registers)
+        _chain(box_kernel, rows, arguments)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)

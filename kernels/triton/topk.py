@@ -82,7 +82,8 @@ def box_kernel(
     p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
     [rows, PS, GW, 2], of which the second is the negated least.
 
-    CERTIFY: also upper bounds of these scores, and by how much rounding changes any of a split.
+    CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride],
+    and by how much that changes any of a split.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -134,7 +135,6 @@ def box_kernel(
                 b_bound += b_most
             b_both = b_center_scale + b_half_scale
             b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
-            b_bound += b_both[:, None] * b_unit[None, :] + b_fixed[None, :]
             p_b = p_bound + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
             tl.store(p_b + o_page[:, None], b_bound, mask=m_g[None, :] & m_page)
             p_u = p_unread + i_row.to(tl.int64) * page_stride
