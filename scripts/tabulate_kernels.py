@@ -17,6 +17,7 @@ SPARSE_AT_LEAST = {8192: 1.1, 32768: 2.1, 131072: 3.7, 524288: 5.7, 1048576: 6.6
 ELSEWHERE_AT_LEAST = 0.9
 PREFILL_AT_MOST = 2.2
 REFERENCE_AT_LEAST = 5.0
+CERTIFICATE_AT_MOST = 0.03
 
 
 def thousands(tokens: int) -> str:
@@ -81,6 +82,22 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
         size = f"{row['bytes'] / 1e6:.1f} MB"
         place = row["kernel"], thousands(row["context"])
         rows.append((*place, size, f"{limit:.1f}", f"{row['us']:.1f}", launches))
+    return table_lines(titles, rows)
+
+
+def certificate_table(result: dict[str, Any]) -> list[str]:
+    titles = ["context", "us", "with a certificate", "more", "at most 3%"]
+    rows = [
+        (
+            thousands(row["context"]),
+            f"{row['us']:.1f}",
+            f"{row['certified_us']:.1f}",
+            f"{row['certificate_cost']:.0%}",
+            verdict(row["certificate_cost"] <= CERTIFICATE_AT_MOST),
+        )
+        for row in result["rows"]
+        if "certificate_cost" in row
+    ]
     return table_lines(titles, rows)
 
 
@@ -223,6 +240,7 @@ SECTIONS = (
         "Decode, random keys, a block table for 128k tokens",
         decode_table,
     ),
+    ("decode-h200-certificate.json", "What the certificate costs", certificate_table),
     ("decode-h200-clustered.json", "Decode, keys in topics, support 0.1%", decode_table),
     ("decode-h200-clustered.json", "Where a step's time goes", kernel_table),
     (
@@ -234,6 +252,7 @@ SECTIONS = (
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
+    ("serving-h200-overlapped.json", "The same, decoding that overlaps append", serving_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),
     ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),

@@ -79,7 +79,11 @@ def test_measured_steps_read_what_they_say():
 
 @pytest.mark.parametrize(
     ("name", "selectors"),
-    [("serving-h200", {"exact", "topk"}), ("serving-h200-gaussian", {"gaussian"})],
+    [
+        ("serving-h200", {"exact", "topk"}),
+        ("serving-h200-overlapped", {"exact", "topk"}),
+        ("serving-h200-gaussian", {"gaussian"}),
+    ],
 )
 def test_serving_is_compared_within_a_run_and_sparse_selectors_left_pages_unread(name, selectors):
     rows = json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"]
