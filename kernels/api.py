@@ -216,8 +216,10 @@ def decode(
     counters: [len(Counter)] int64, added to in place; see `Counter`.
     out: [B, query_heads, head_size] to write to, dtype of the query.
     after_append: the call before on this stream was `append` with the newest token of every
-        sequence of a batch that these are part of, and nothing else. The compiled kernels read
-        older pages while it still runs; results are the same.
+        sequence of a batch that these are part of, and nothing else; its arguments are still alive,
+        and older pages of a sequence are complete but for the one before the last, which another
+        sequence may fill in that call. Given a workspace, the compiled kernels read older pages
+        while append still runs; results are the same.
     certificate: [B, query_heads] fp32 to write to how much exact attention weighs unread tokens at
         most, in [0, 1]: 0 proves that the output is the exact one, 1 says nothing. The gaussian
         selector bounds nothing: it gives 1 unless every page was read. 0 for padding.

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -14,8 +15,8 @@ class Candidates(NamedTuple):
     ranked: [B, P] bool, the pages to choose from, at least one per sequence.
     seq_lens: [B]; the query stands at position seq_len - 1.
     scale, alpha, alibi_slopes: as in `decode`.
-    half_scales: [B, kv_heads, P, 1], what 8-bit half-widths were multiplied by, for queries of 16
-        bits: their squares, and those of the query, are then rounded to bf16.
+    half_scales: [B, kv_heads, P, 1], what 8-bit half-widths were multiplied by.
+    square_dtype: of the squares of queries and 8-bit half-widths, bf16 for queries of 16 bits.
     """
 
     query: Tensor
@@ -27,3 +28,4 @@ class Candidates(NamedTuple):
     alpha: float | Tensor
     alibi_slopes: Tensor | None
     half_scales: Tensor | None = None
+    square_dtype: torch.dtype | None = None

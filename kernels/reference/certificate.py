@@ -17,6 +17,9 @@ from .entmax import exponent
 
 _ITERATIONS = 20
 
+LEAST_BOUND = 2.0**-100
+"""Of what may hold any weight: more than weights of 2 ** 21 tokens that all became zero in fp32."""
+
 THRESHOLD_ROUNDING = 64
 """Units of the last place by which a solved threshold may be too high."""
 
@@ -52,7 +55,7 @@ def _softmax_mass(reach: Tensor, page_size: int) -> Tensor:
 
 def _at_least_tiny(mass: Tensor, possible: Tensor, dtype: torch.dtype) -> Tensor:
     """The mass, 0 only where no page [..., P] can hold any, whatever rounding leaves of a sum."""
-    mass = mass.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    mass = mass.to(dtype).clamp_min(LEAST_BOUND)
     return torch.where(possible.any(-1), mass, 0)
 
 

@@ -39,13 +39,13 @@ def _spreads(candidates: Candidates) -> Tensor:
     query, half_width = candidates.query, candidates.statistics[1]
     ones = query.new_ones(1, query.shape[1] * query.shape[2], 1)
     factor, _ = scale_to_scores(ones, candidates.scale, candidates.alpha, None)
-    query_squares, squares = query.square(), half_width.square()
-    if (unit := candidates.half_scales) is not None:
-        # What matrix products of 16 bits take: each is off by at most 0.2%, the norm by as much.
-        query_squares = query_squares.bfloat16().to(query.dtype)
-        whole = (half_width / unit).round()
-        squares = whole.square().bfloat16().to(query.dtype) * unit.square()
-    return (query_squares @ squares.mT).sqrt() * factor.view(*query.shape[1:3], 1)
+    factor = factor.view(*query.shape[1:3], 1)
+    if (unit := candidates.half_scales) is None:
+        return (query.square() @ half_width.square().mT).sqrt() * factor
+    # As compiled kernels multiply them: squares of 16 bits are off by at most 0.2%.
+    whole = (half_width / unit).round()
+    squares = [x.square().to(candidates.square_dtype).to(query.dtype) for x in (query, whole)]
+    return (squares[0] @ squares[1].mT).sqrt() * unit.mT * factor
 
 
 def quest_bounds(candidates: Candidates) -> Tensor:

@@ -72,8 +72,8 @@ def select_pages(
         ids = block_table[rows, : len(page)].long().masked_fill(~held[rows], 0)
         statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
         half_scales = None
-        if cache.layout.boxed and query.dtype.itemsize == 2:
-            half_scales = cache.scales[ids, :, 1].mT[..., None]
+        if cache.layout.boxed:
+            half_scales = cache.scales[ids, :, 1].mT[..., None].to(dtype)
         candidates = Candidates(
             query[rows].to(dtype).unflatten(1, (kv_heads, -1)),
             statistics,
@@ -84,6 +84,7 @@ def select_pages(
             alpha,
             alibi_slopes,
             half_scales,
+            torch.bfloat16 if query.dtype.itemsize == 2 else dtype,
         )
         if isinstance(selector, Gaussian):
             chosen = gaussian_pages(candidates, selector)

@@ -6,14 +6,14 @@
 import triton
 import triton.language as tl
 
-from ..reference.certificate import THRESHOLD_ROUNDING
+from ..reference.certificate import LEAST_BOUND, THRESHOLD_ROUNDING
 from ..report import BOUND_LIMITS, Counter
 from .entmax import weigh_scores
 
 CERTIFIED = tl.constexpr(int(Counter.CERTIFIED))
 LEAST, LESS, MORE, MOST = map(tl.constexpr, BOUND_LIMITS)
 TAU_ROUNDING = tl.constexpr(THRESHOLD_ROUNDING * 2.0**-23)
-TINY = tl.constexpr(2.0**-126)
+TINY = tl.constexpr(LEAST_BOUND)
 
 # What CERTIFY says: nothing is asked for; how many pages are unread is all that is known of them;
 # their scores are bounded.

@@ -69,6 +69,8 @@ def decode(
         selector = Exact()  # every page inside the window is read
     certified = certificate is not None
     shape = step_shape(query, cache, block_table, selector, exact_below, certified)
+    # Memory that is taken only now can be what the append that still runs reads.
+    early = after_append and workspace is not None
     if workspace is None:
         workspace = torch.empty(shape.good_size, dtype=torch.uint8, device=query.device)
     if workspace.numel() < shape.least_size:
@@ -104,7 +106,7 @@ def decode(
         "page_stride": shape.page_stride,
         "window": sliding_window or 0,
         "exact_below": exact_below,
-        "early": int(after_append),
+        "early": int(early),
         "capacity": capacity,
         "limit": shape.near,
         "rows": shape.batch * shape.kv_heads,

@@ -56,7 +56,6 @@ def count_bits(b_word, ON_GPU: tl.constexpr):
             "popc.b32 $0, $1;", "=r,r", [b_word], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        b_word = b_word.to(tl.uint32, bitcast=True)
         b_word -= (b_word >> 1) & 0x55555555
         b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
         b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
@@ -67,9 +66,9 @@ def count_bits(b_word, ON_GPU: tl.constexpr):
 @triton.jit
 def places(m_nearer, m_tied, BL: tl.constexpr, ON_GPU: tl.constexpr):
     """How many nearer and tied pages lie before each page [BL], and how many there are in all."""
-    b_bit = (1 << tl.arange(0, WARP))[None, :]
-    b_nearer = tl.reshape(m_nearer.to(tl.int32), [BL // WARP, WARP]) * b_bit
-    b_tied = tl.reshape(m_tied.to(tl.int32), [BL // WARP, WARP]) * b_bit
+    b_bit = (tl.full([WARP], 1, tl.uint32) << tl.arange(0, WARP).to(tl.uint32))[None, :]
+    b_nearer = tl.reshape(m_nearer.to(tl.uint32), [BL // WARP, WARP]) * b_bit
+    b_tied = tl.reshape(m_tied.to(tl.uint32), [BL // WARP, WARP]) * b_bit
     b_nearer, b_tied = tl.sum(b_nearer, 1), tl.sum(b_tied, 1)
     # Both counts are at most BL <= 2048, so one scan serves both.
     b_row = count_bits(b_nearer, ON_GPU) + (count_bits(b_tied, ON_GPU) << 16)

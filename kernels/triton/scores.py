@@ -33,7 +33,8 @@ def await_if(needed, CHAINED: tl.constexpr):
     """The same where what follows needs the launch before.
 
     Of a step that follows `append`, what reads only pages that append does not write does not: it
-    is given `early`, and what came before append has ended where that lets others start.
+    is given `early`, and what came before append has ended where that lets others start, and can be
+    seen by all.
     """
     if CHAINED:
         # Under a predicate: loops with a branch to a wait would not load ahead.
@@ -56,7 +57,7 @@ def await_if(needed, CHAINED: tl.constexpr):
 def may_be_fresh(n, P: tl.constexpr):
     """Whether the page before a sequence's last one may be written by the `append` of this step: in
     prefix caching by another sequence, whose last page it is. It was full before otherwise."""
-    return n % P == 1
+    return (n - 1) % P == 0
 
 
 @triton.jit

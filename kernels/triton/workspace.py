@@ -13,11 +13,11 @@ from .nearest import SAMPLED
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
 
-STORED_BYTES = 1 << 24
-"""Of a batch whose scores are never more than this all are stored: they stay in the L2 cache."""
-
 STORE_LISTED_BELOW = 65536
 """The same where pages are listed for a budget."""
+
+STORED_BYTES = 1 << 24
+"""Of a batch whose scores are never more than this all are stored: they stay in the L2 cache."""
 
 HELD = 2048
 """Scores of a query head that one program holds."""

@@ -111,7 +111,7 @@ def main() -> None:
     slopes = torch.zeros(QUERY_HEADS)
     decode_step(Exact(), 2048, sliding_window=300)
     decode_step(Exact(), 8192, alibi_slopes=slopes)
-    decode_step(Exact(), 1 << 16, FP8)
+    decode_step(Exact(), 1 << 20, FP8)
     decode_step(TopK(512), 8192, exact_rows=exact_rows, exact_below=512)
     decode_step(TopK(4096), 1 << 16, exact_rows=exact_rows)
     decode_step(TopK(16384), 1 << 18)

@@ -13,6 +13,7 @@ from entmaxkv_kernels import (
     decode,
     split_pages,
 )
+from entmaxkv_kernels.triton import decode_workspace_size
 
 from .device import DEVICE
 
@@ -70,6 +71,15 @@ class Sequences:
         self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.out = torch.full_like(self.query, torch.nan)
+        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, PAGE, DTYPE, width * PAGE
+        size = decode_workspace_size(
+            len(lengths),
+            *shape,
+            selector=selector,
+            exact_below=options.get("exact_below", 0),
+            certificate=options.get("certify", False),
+            device=DEVICE,
+        )
         options = dict(options)
         self.certificate = None
         if options.pop("certify", False):
@@ -79,6 +89,7 @@ class Sequences:
             "alpha": 1.5,
             "selector": selector,
             "implementation": "triton",
+            "workspace": torch.full((size,), 255, dtype=torch.uint8, device=DEVICE),
             **options,
         }
 

@@ -12,7 +12,12 @@ from entmaxkv_vllm.telemetry import engine_counters
 
 from .engines import engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="vLLM's LoRA kernels of a GPU take no float32"
+    ),
+]
 
 RANK, SCALING = 8, 2.0
 MODULES = ["q_proj", "v_proj"]
