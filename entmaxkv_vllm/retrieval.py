@@ -305,10 +305,23 @@ def training_text(rng: random.Random, length: int) -> TrainingText:
     kind = rng.choice(list(FACTS))
     facts = FACTS[kind](rng, rng.randint(1, max(1, min(16, length // 96))), False)
     asked = rng.sample(facts, min(len(facts), rng.randint(1, max(1, min(12, length // 256)))))
-    tails = [f"{question_text(fact.question)}\nAnswer:" for fact in asked]
-    answers = [f"{fact.answer}{END_OF_ANSWER}" for fact in asked]
-    tail_length = sum(map(len, tails)) + sum(map(len, answers))
-    pieces = [document_with(rng, facts, length - tail_length, fact_depths(rng, facts), False)]
+    return answered_text(
+        lambda room: document_with(rng, facts, room, fact_depths(rng, facts), False),
+        [(fact.question, fact.answer) for fact in asked],
+        length,
+    )
+
+
+def answered_text(
+    make: Callable[[int], str], questions: list[tuple[str, str]], length: int
+) -> TrainingText:
+    """A document followed by questions and their answers, `length` characters in all.
+
+    make: gives a document of exactly so many characters.
+    """
+    tails = [f"{question_text(question)}\nAnswer:" for question, _ in questions]
+    answers = [f"{answer}{END_OF_ANSWER}" for _, answer in questions]
+    pieces = [make(length - sum(map(len, tails)) - sum(map(len, answers)))]
     position, ranges = len(pieces[0]), []
     for tail, answer in zip(tails, answers, strict=True):
         start = position + len(tail)

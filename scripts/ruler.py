@@ -8,16 +8,15 @@ import random
 from collections.abc import Callable
 
 from entmaxkv_vllm.retrieval import (
-    END_OF_ANSWER,
     Fact,
     NeedleTask,
     TrainingText,
+    answered_text,
     code_fact,
     code_facts,
     distinct_words,
     document_with,
     needle_prompt,
-    question_text,
     random_digits,
 )
 
@@ -133,13 +132,4 @@ def ruler_training_text(rng: random.Random, length: int) -> TrainingText:
         make, questions = multi_query(rng, rng.randint(1, 2 * room), rng.randint(1, 4), False)
     else:
         make, questions = rng.choice((common_words, frequent_words))(rng, False)
-    tails = [f"{question_text(question)}\nAnswer:" for question, _ in questions]
-    answers = [f"{answer}{END_OF_ANSWER}" for _, answer in questions]
-    pieces = [make(length - sum(map(len, tails)) - sum(map(len, answers)))]
-    position, ranges = len(pieces[0]), []
-    for tail, answer in zip(tails, answers, strict=True):
-        start = position + len(tail)
-        position = start + len(answer)
-        ranges.append((start, position))
-        pieces += [tail, answer]
-    return TrainingText("".join(pieces), ranges)
+    return answered_text(make, questions, length)

@@ -149,7 +149,7 @@ def find_in_row(p_distance, ranked, wanted, BL: tl.constexpr):
 
 @triton.jit
 def place_nearest(
-    b_distance, found, ties, before, tied_before, BL: tl.constexpr, ON_GPU: tl.constexpr
+    b_distance, found, ties, before, tied_before, BL: tl.constexpr, CHAINED: tl.constexpr
 ):
     """Places in the list, NEVER of the others, of those of BL neighbouring pages that are nearer
     than `found`, and of a row's pages that are as near of the earliest `ties`.
@@ -157,7 +157,7 @@ def place_nearest(
     before, tied_before: how many of either kind come before these.
     """
     m_nearer, m_tied = b_distance < found, b_distance == found
-    b_nearer, b_tied, _, _ = places(m_nearer, m_tied, BL, ON_GPU)
+    b_nearer, b_tied, _, _ = places(m_nearer, m_tied, BL, CHAINED)
     b_tied += tied_before
     m_chosen = m_nearer | (m_tied & (b_tied < ties))
     return tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
@@ -167,7 +167,7 @@ def place_nearest(
 def place_in_row(
     p_reach, p_page_extreme, i_row, o_page, ranked, pages, page_stride, budget,
     G: tl.constexpr, GW: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Places in the list of the pages of a row of at most BL pages but the last one: the `budget`
     nearest ones have one, of pages as near the earlier; all have, if the row is read whole."""
@@ -181,7 +181,7 @@ def place_in_row(
         b_peak, steps = row_scale(b_extreme, GW)
         b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
         found, nearer = find(b_distance, 0, STEPS, ranked, budget, 0)
-        b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, ON_GPU)
+        b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
     return b_place
 
 
@@ -192,8 +192,7 @@ def list_own(
     page_stride, exact_below, budget,
     G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    CERTIFY: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row that split i_s reads, in
     their order: of S splits every S-th PAGES.
@@ -231,8 +230,7 @@ def choose_kernel(
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
     PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
-    COUNT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one short row in their order."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)

@@ -49,9 +49,9 @@ def load_statistics(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
 
 
 @triton.jit
-def count_bits(b_word, ON_GPU: tl.constexpr):
-    """How many bits of a word are set."""
-    if ON_GPU:
+def count_bits(b_word, CHAINED: tl.constexpr):
+    """How many bits of a word are set; by one instruction on GPUs that chain launches."""
+    if CHAINED:
         return tl.inline_asm_elementwise(
             "popc.b32 $0, $1;", "=r,r", [b_word], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -64,16 +64,16 @@ def count_bits(b_word, ON_GPU: tl.constexpr):
 
 
 @triton.jit
-def places(m_nearer, m_tied, BL: tl.constexpr, ON_GPU: tl.constexpr):
+def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
     """How many nearer and tied pages lie before each page [BL], and how many there are in all."""
     b_bit = (tl.full([WARP], 1, tl.uint32) << tl.arange(0, WARP).to(tl.uint32))[None, :]
     b_nearer = tl.reshape(m_nearer.to(tl.uint32), [BL // WARP, WARP]) * b_bit
     b_tied = tl.reshape(m_tied.to(tl.uint32), [BL // WARP, WARP]) * b_bit
     b_nearer, b_tied = tl.sum(b_nearer, 1), tl.sum(b_tied, 1)
     # Both counts are at most BL <= 2048, so one scan serves both.
-    b_row = count_bits(b_nearer, ON_GPU) + (count_bits(b_tied, ON_GPU) << 16)
-    b_before = count_bits(b_nearer[:, None] & (b_bit - 1), ON_GPU)
-    b_before += count_bits(b_tied[:, None] & (b_bit - 1), ON_GPU) << 16
+    b_row = count_bits(b_nearer, CHAINED) + (count_bits(b_tied, CHAINED) << 16)
+    b_before = count_bits(b_nearer[:, None] & (b_bit - 1), CHAINED)
+    b_before += count_bits(b_tied[:, None] & (b_bit - 1), CHAINED) << 16
     b_before = tl.reshape((tl.cumsum(b_row, 0) - b_row)[:, None] + b_before, [BL])
     both = tl.sum(b_row, 0)
     return b_before & 0xFFFF, b_before >> 16, both & 0xFFFF, both >> 16
