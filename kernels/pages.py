@@ -6,8 +6,9 @@ One page holds `page_size` tokens of one KV head as a single contiguous run of e
 
 Means and deviations are of the dtype of the keys; those of fp8 pages are bf16, which take two
 elements each: fp8 would leave little of them. A box around the keys is of 8-bit numbers, 2 *
-head_size bytes, with a scale for its centers and one for its half-widths, fp32, in the last 8 bytes
-of the page.
+head_size bytes, with a scale for its centers, one for its half-widths and a radius, fp32, in the
+last 12 bytes of the page. The radius is how far keys lie off the center at most, in half-widths, as
+a Euclidean norm over the channels.
 
 The statistics live in the page they describe, so whatever moves a page (prefix caching,
 copy-on-write, offloading, KV transfer) moves them along, and they are planned in the same
@@ -26,6 +27,9 @@ BOX = ("center", "half_width")
 
 STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX)
 """The sets of page statistics that `append` knows how to keep."""
+
+SCALES = 3
+"""Numbers of fp32 that go with a box."""
 
 BOX_ALIGNMENT = 128
 """Bytes that a page with a box is a multiple of: a cache line of a GPU. Where pages start inside
@@ -90,7 +94,8 @@ class PageLayout:
         """
         if self.boxed:
             width = 1 if self.fp8 else 2
-            size = 2 * self.page_size * self.head_size * width + 2 * self.head_size + 8
+            size = 2 * self.page_size * self.head_size * width + 2 * self.head_size
+            size += SCALES * torch.float32.itemsize
             step = math.lcm(BOX_ALIGNMENT, self.page_size * width)
             return -(-size // step) * step // width
         vectors = 2 * self.page_size + len(self.statistics) * self.statistics_width
@@ -108,8 +113,8 @@ class PagedCache(NamedTuple):
     key, value: [num_pages, kv_heads, page_size, head_size]
     statistics: [num_pages, kv_heads, len(layout.statistics), head_size], of the same dtype; bf16
         where that is fp8; int8 for boxes
-    scales: [num_pages, kv_heads, 2] fp32, of centers and half-widths; for other statistics
-        [num_pages, kv_heads, 0]
+    scales: [num_pages, kv_heads, 3] fp32, of centers and half-widths, and the radius; for other
+        statistics [num_pages, kv_heads, 0]
     """
 
     key: Tensor
@@ -122,7 +127,7 @@ class PagedCache(NamedTuple):
         """The statistics of pages [...], [..., kv_heads, len(layout.statistics), head_size]."""
         statistics = self.statistics[page].to(dtype)
         if self.layout.boxed:
-            statistics *= self.scales[page].to(dtype)[..., None]
+            statistics *= self.scales[page][..., :2, None].to(dtype)
         return statistics
 
 
@@ -170,8 +175,9 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
     if layout.boxed:
         whole = pages.view(torch.int8)
         statistics = part(whole, end * pages.itemsize, count, head_size)
-        last = layout.elements_per_page * pages.itemsize - 8
-        scales = part(whole, last, 1, 8).view(torch.float32)[:, :, 0]
+        width = SCALES * torch.float32.itemsize
+        last = layout.elements_per_page * pages.itemsize - width
+        scales = part(whole, last, 1, width).view(torch.float32)[:, :, 0]
     else:
         statistics = part(pages, end, count, layout.statistics_width * head_size)
         statistics = statistics.view(FP8_STATISTICS) if layout.fp8 else statistics

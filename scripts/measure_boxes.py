@@ -76,7 +76,7 @@ def reaches(key: Tensor, query: Tensor) -> dict[str, Tensor]:
     statistics, scales = box_around(key, torch.ones(PAGE_SIZE, 1, dtype=torch.bool))
     mean, deviation = key.mean(1), key.std(1, correction=0)
     low, high = key.amin(1), key.amax(1)
-    box = (statistics * scales[..., None]).unbind(1)
+    box = (statistics * scales[..., :2, None]).unbind(1)
     ours = candidates_of(query, *box)
     whole = candidates_of(query, mean, torch.maximum(high - mean, mean - low))
     quest = candidates_of(query, (low + high) / 2, (high - low) / 2)

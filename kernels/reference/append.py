@@ -18,6 +18,16 @@ SMALLEST = 2.0**-100
 WIDENED = 1 + 2.0**-20
 """A half-width is made so much wider, more than fp32 rounding can make it too narrow."""
 
+SQUARE_STEPS = 2.0**14
+"""Parts of 1, in which squares are added up, so that the sum is exact in whatever order."""
+
+MOST_STEPS = 2.0**24
+"""Up to which it is, in fp32; keys of more steps, as infinite ones, are not within their box."""
+
+RADIUS_WIDENED = 1 + 2.0**-8
+"""A radius is made so much larger, twice as much as squares rounded to bf16 can make the norm that
+it is multiplied by too small."""
+
 
 def append(
     cache: PagedCache,
@@ -79,10 +89,11 @@ def box_around(key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
     valid: [..., rows, 1] bool, the keys that count; a NaN counts as 0 in a mean, and nowhere else.
 
-    Returns centers and half-widths, integers [..., 2, head_size], and the scales of both, fp32
-    [..., 2]. Every key lies within half-width times scale of center times scale, exactly. A channel
-    without a number has the box that holds 0 alone.
+    Returns centers and half-widths, integers [..., 2, head_size], and the scales of both and the
+    radius, fp32 [..., 3]. Every key lies within half-width times scale of center times scale,
+    exactly. A channel without a number has the box that holds 0 alone.
     """
+    given, counted = key, valid
     count = valid.sum(-2).to(key.dtype)
     valid = valid & ~key.isnan()
     key = key.clamp(-LARGEST, LARGEST)
@@ -96,8 +107,25 @@ def box_around(key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     half_scale = _scale_of(reach)
     # A small quotient may vanish.
     half_width = torch.maximum((reach / half_scale).ceil(), (reach > 0).to(reach.dtype))
-    scales = torch.cat((center_scale, half_scale), -1).float()
+    radius = _radius(given, counted, middle, half_width * half_scale)
+    scales = torch.cat((center_scale, half_scale, radius), -1).float()
     return torch.stack((center, half_width), -2), scales
+
+
+def _radius(key: Tensor, valid: Tensor, center: Tensor, half_width: Tensor) -> Tensor:
+    """How far the valid keys [..., rows, head_size] lie off the center [..., head_size] at most,
+    [..., 1], in half-widths, as a Euclidean norm; infinite if one of them is not finite.
+
+    Rounded up, and by RADIUS_WIDENED.
+    """
+    # Where a half-width is 0, keys that are numbers are at the center.
+    narrow = 1 / torch.where(half_width > 0, half_width, 1)
+    away = (key - center[..., None, :]) * narrow[..., None, :]
+    steps = (away * away * SQUARE_STEPS).ceil().sum(-1)
+    steps = torch.where(steps <= MOST_STEPS, steps, torch.inf)
+    furthest = steps.masked_fill(~valid[..., 0], 0).amax(-1, keepdim=True)
+    # A CPU's roots in fp32 are not always the nearest numbers, which those of compiled kernels are.
+    return furthest.double().sqrt().to(key.dtype) * (RADIUS_WIDENED * SQUARE_STEPS**-0.5)
 
 
 def _mean(key: Tensor, count: Tensor, largest: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ class Candidates(NamedTuple):
     seq_lens: [B]; the query stands at position seq_len - 1.
     scale, alpha, alibi_slopes: as in `decode`.
     half_scales: [B, kv_heads, P, 1], what 8-bit half-widths were multiplied by.
+    radius: [B, kv_heads, P, 1], of the boxes, in half-widths.
     square_dtype: of the squares of queries and 8-bit half-widths, bf16 for queries of 16 bits.
     """
 
@@ -28,4 +29,5 @@ class Candidates(NamedTuple):
     alpha: float | Tensor
     alibi_slopes: Tensor | None
     half_scales: Tensor | None = None
+    radius: Tensor | None = None
     square_dtype: torch.dtype | None = None

@@ -1,8 +1,12 @@
 """The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774).
 
-With k_d within half_width_d of center_d, q.k <= q.center + sum |q_d| half_width_d: a bound. What
-ranks pages is q.center + sqrt(sum (q_d half_width_d) ** 2), how high their scores are likely to
-reach, because hardly a key is at the edge that suits the query in all channels.
+With k_d within half_width_d of center_d, q.k <= q.center + sum |q_d| half_width_d: the bound of
+Quest. What ranks pages is q.center + sqrt(sum (q_d half_width_d) ** 2), how high their scores are
+likely to reach, because hardly a key is at the edge that suits the query in all channels.
+
+A radius is the largest norm of (k - center) / half_width, over the keys of a page, so that q.k <=
+q.center + radius * sqrt(sum (q_d half_width_d) ** 2), by the inequality of Cauchy and Schwarz: the
+bound that is kept of pages, because it takes hardly more than ranking them does.
 """
 
 import torch
@@ -11,6 +15,10 @@ from torch import Tensor
 from ..selectors import TopK
 from .candidates import Candidates
 from .scores import scale_to_scores
+
+
+LEAST_QUERY = 2.0**-40
+"""Of a query as small as this all squares may vanish in fp32."""
 
 
 def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
@@ -36,16 +44,20 @@ def page_reaches(candidates: Candidates, widths: float = 1.0) -> Tensor:
 
 def _spreads(candidates: Candidates) -> Tensor:
     """Norms [B, kv_heads, group, P] of the queries, scaled, times the half-widths."""
-    query, half_width = candidates.query, candidates.statistics[1]
-    ones = query.new_ones(1, query.shape[1] * query.shape[2], 1)
-    factor, _ = scale_to_scores(ones, candidates.scale, candidates.alpha, None)
-    factor = factor.view(*query.shape[1:3], 1)
+    query, half_width, factor = candidates.query, candidates.statistics[1], _factor(candidates)
     if (unit := candidates.half_scales) is None:
         return (query.square() @ half_width.square().mT).sqrt() * factor
     # As compiled kernels multiply them: squares of 16 bits are off by at most 0.2%.
     whole = (half_width / unit).round()
     squares = [x.square().to(candidates.square_dtype).to(query.dtype) for x in (query, whole)]
     return (squares[0] @ squares[1].mT).sqrt() * unit.mT * factor
+
+
+def _factor(candidates: Candidates) -> Tensor:
+    """What the queries are scaled by, [kv_heads, group, 1]."""
+    heads = candidates.query.shape[1:3]
+    ones = candidates.query.new_ones(1, heads.numel(), 1)
+    return scale_to_scores(ones, candidates.scale, candidates.alpha, None)[0].view(*heads, 1)
 
 
 def quest_bounds(candidates: Candidates) -> Tensor:
@@ -69,12 +81,22 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
     return torch.maximum(slopes * first, slopes * (first + candidates.page_size - 1))
 
 
+def radius_bounds(candidates: Candidates) -> Tensor:
+    """The same by the radii of the pages."""
+    assert candidates.radius is not None
+    query, slopes = _scaled(candidates)
+    center = query @ candidates.statistics[0].mT
+    spread = _spreads(candidates) * candidates.radius.mT
+    return center + spread + _most_favourable(candidates, slopes)
+
+
 def sound_bounds(candidates: Candidates) -> Tensor:
-    """The same, made so much larger that no rounding is in the way: once of bounds and the scores
+    """`radius_bounds`, made so much larger that no rounding is in the way: once of bounds and the scores
     below them, and once of scores that were read, by which the threshold moves.
 
     A sum of n products is wrong by at most n eps times the sum of their magnitudes, which is not
-    above that of the query's times the largest that a key of the sequence can have.
+    above that of the query's times the largest that a key of the sequence can have. What squares
+    and their sum lose is in the radius.
     """
     center, half_width = candidates.statistics
     query, slopes = _scaled(candidates)
@@ -82,11 +104,12 @@ def sound_bounds(candidates: Candidates) -> Tensor:
     pages = torch.arange(largest.shape[-1], device=query.device)
     last = candidates.ranked.sum(-1)[:, None, None]
     largest = largest.masked_fill(pages > last, 0)
-    magnitude = query.abs().sum(-1, keepdim=True) * largest[:, :, None]
+    size = query.abs().sum(-1, keepdim=True) + LEAST_QUERY * _factor(candidates)
+    magnitude = size * largest[:, :, None]
     if slopes is not None:
         magnitude = magnitude + slopes.abs() * candidates.seq_lens[:, None, None, None]
     rounding = 4 * query.shape[-1] * torch.finfo(query.dtype).eps * magnitude
-    return quest_bounds(candidates) + 2 * rounding.amax(-1, keepdim=True)
+    return radius_bounds(candidates) + 2 * rounding.amax(-1, keepdim=True)
 
 
 def quest_pages(candidates: Candidates, selector: TopK) -> Tensor:

@@ -71,9 +71,11 @@ def select_pages(
         # Entries of the block table past the sequence are stale: read page 0 in their place.
         ids = block_table[rows, : len(page)].long().masked_fill(~held[rows], 0)
         statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
-        half_scales = None
+        half_scales = radius = None
         if cache.layout.boxed:
-            half_scales = cache.scales[ids, :, 1].mT[..., None].to(dtype)
+            half_scales, radius = (
+                cache.scales[ids, :, place].mT[..., None].to(dtype) for place in (1, 2)
+            )
         candidates = Candidates(
             query[rows].to(dtype).unflatten(1, (kv_heads, -1)),
             statistics,
@@ -84,6 +86,7 @@ def select_pages(
             alpha,
             alibi_slopes,
             half_scales,
+            radius,
             torch.bfloat16 if query.dtype.itemsize == 2 else dtype,
         )
         if isinstance(selector, Gaussian):

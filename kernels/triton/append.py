@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pages import FP8, STATISTICS, PagedCache
-from ..reference.append import LARGEST, SMALLEST, STD_FLOOR, WIDENED
+from ..reference.append import (
+    LARGEST,
+    MOST_STEPS,
+    RADIUS_WIDENED,
+    SMALLEST,
+    SQUARE_STEPS,
+    STD_FLOOR,
+    WIDENED,
+)
 from .scores import allow_next, await_previous
 from .workspace import can_chain, power_of_two
 
@@ -18,6 +26,9 @@ STD_MIN = tl.constexpr(STD_FLOOR)
 KEY_MAX = tl.constexpr(LARGEST)
 KEY_MIN = tl.constexpr(SMALLEST)
 WIDER = tl.constexpr(WIDENED)
+STEPS = tl.constexpr(SQUARE_STEPS)
+STEPS_MAX = tl.constexpr(MOST_STEPS)
+RADIUS_UNIT = tl.constexpr(RADIUS_WIDENED * SQUARE_STEPS**-0.5)
 
 LONG_PROMPT = 1024
 """More tokens than this in one call are mostly those of prompts."""
@@ -53,7 +64,9 @@ def mean_of(b_key, count, b_largest):
 @triton.jit
 def box_around(b_key, m_key, count):
     """Centers and half-widths [DP] of a box around the means of the `count` keys of b_key [P, DP]
-    that m_key names, which holds them, and their scales; bit for bit those of the reference."""
+    that m_key [P, 1] names, which holds them, their scales and the radius; bit for bit those of the
+    reference."""
+    b_given, m_given = b_key, m_key
     m_key &= b_key == b_key
     b_key = tl.minimum(tl.maximum(b_key, -KEY_MAX), KEY_MAX)
     b_low = tl.min(tl.where(m_key, b_key, float("inf")), 0)
@@ -67,7 +80,20 @@ def box_around(b_key, m_key, count):
     half_scale = scale_of(b_reach)
     b_half = tl.ceil(tl.div_rn(b_reach, half_scale))
     b_half = tl.maximum(b_half, (b_reach > 0.0).to(tl.float32))
-    return b_center, b_half, center_scale, half_scale
+    radius = radius_of(b_given, m_given, b_middle, b_half * half_scale)
+    return b_center, b_half, center_scale, half_scale, radius
+
+
+@triton.jit
+def radius_of(b_key, m_key, b_center, b_half):
+    """How far the keys of b_key [P, DP] that m_key [P, 1] names lie off the center at most, in
+    half-widths; see `reference/append.py`."""
+    b_narrow = tl.div_rn(1.0, tl.where(b_half > 0.0, b_half, 1.0))
+    b_away = (b_key - b_center[None, :]) * b_narrow[None, :]
+    b_steps = tl.sum(tl.ceil(b_away * b_away * STEPS), 1, keep_dims=True)  # [P, 1]
+    b_steps = tl.where(b_steps <= STEPS_MAX, b_steps, float("inf"))
+    furthest = tl.max(tl.where(m_key, b_steps, 0.0))
+    return tl.sqrt_rn(furthest) * RADIUS_UNIT
 
 
 @triton.jit
@@ -113,10 +139,11 @@ def write_page(
             variance = tl.sum(b_deviation * b_deviation, 0) / count
             b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
         else:
-            b_first, b_second, first_scale, second_scale = box_around(b_key, m_row, count)
+            b_first, b_second, first_scale, second_scale, radius = box_around(b_key, m_row, count)
             # Strides of the scales, of four bytes, are not given: the statistics are of one.
             tl.store(p_scales + statistics // 4, first_scale)
             tl.store(p_scales + statistics // 4 + 1, second_scale)
+            tl.store(p_scales + statistics // 4 + 2, radius)
         p_first = p_statistics + statistics + o_d
         tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)

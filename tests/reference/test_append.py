@@ -43,11 +43,22 @@ def assert_box(kept, key):
     assert (kept[:, 1] <= (1 + 1e-4) * widest + 1e-42).all()
 
 
+def assert_radius(kept, radius, key):
+    """Every key [tokens, kv_heads, head_size] lies within radius [kv_heads], less what it was
+    widened by for others' rounding, half-widths of the center, and one nearly there."""
+    center, half = kept.unbind(1)
+    away = torch.where(half > 0, (key.double() - center) / half, 0)
+    furthest = away.square().sum(-1).amax(0).sqrt()
+    assert (radius.double() * (1 - 2.0**-9) >= furthest).all()
+    assert (radius.double() <= (1 + 2.0**-8 + 2.0**-10) * furthest).all()
+
+
 def assert_page(cache, page, key, tolerance=1e-12):
     """The page's statistics are those of its own keys [tokens, kv_heads, head_size]."""
     kept = cache.read_statistics(page, torch.float64)
     if cache.layout.boxed:
         assert_box(kept, key)
+        assert_radius(kept, cache.scales[page, :, 2].reshape(-1), key)
     else:
         assert_close(kept, expected_moments(key), tolerance)
 
@@ -183,7 +194,13 @@ def test_a_box_holds_the_keys_whatever_they_are(kind, dtype):
         key = keys_to_bound(kind, random).to(dtype)
         key = key.nan_to_num(posinf=6e4, neginf=-6e4)
         append(cache, key, key, 16 * page + torch.arange(16))
-        assert_box(cache.read_statistics(page, torch.float64), key)
+        kept, radius = cache.read_statistics(page, torch.float64), cache.scales[page, :, 2]
+        assert_box(kept, key)
+        if kind == "tiny" and dtype != torch.float64:
+            # The reciprocals of such half-widths are not finite, which bounds nothing.
+            assert ((radius == 0) | (radius == torch.inf)).all()
+        else:
+            assert_radius(kept, radius, key)
 
 
 def test_a_box_counts_infinite_keys_as_large_and_leaves_out_what_is_no_number():
@@ -194,6 +211,19 @@ def test_a_box_counts_infinite_keys_as_large_and_leaves_out_what_is_no_number():
     append(cache, key, key, torch.arange(16))
     key[3, 0, 7], key[4, 1, 8], key[:, 2, 9] = 2.0**126, -(2.0**126), 0
     assert_box(cache.read_statistics(0, torch.float64), key)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan], ids=str)
+def test_no_radius_holds_a_key_that_is_not_finite(number):
+    layout = PageLayout(16, 32, BOX)
+    cache = split_pages(allocate_pages(1, 4, layout, torch.float32), layout)
+    key = keys_to_bound("normal", torch.Generator().manual_seed(0)).float()
+    key[3, 0, 7] = key[2:, 1, 8] = key[:, 2, 9] = number
+    append(cache, key, key, torch.arange(16))
+    assert cache.scales[0, :, 2].isfinite().tolist() == [False, False, False, True]
+    # Rows after the last token belong to nobody.
+    append(cache, key[:2], key[:2], torch.arange(2))
+    assert cache.scales[0, :, 2].isfinite().tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -191,12 +191,12 @@ def test_the_parts_tile_an_fp8_page_and_its_moments_are_bf16():
 
 def test_a_box_is_of_8_bits_in_an_fp8_page():
     layout = PageLayout(32, 80, BOX, fp8=True)
-    # Keys, values, box and scales, padded to a multiple of 128 bytes.
-    assert layout.elements_per_page == 2 * 32 * 80 + 2 * 80 + 8 + 88
+    # Keys, values, box, scales and radius, padded to a multiple of 128 bytes.
+    assert layout.elements_per_page == 2 * 32 * 80 + 2 * 80 + 12 + 84
     cache = split_pages(allocate_pages(2, 3, layout).transpose(0, 1), layout)
     assert cache.statistics.dtype == torch.int8
     assert cache.statistics.shape == (3, 2, 2, 80)
-    assert cache.scales.shape == (3, 2, 2)
+    assert cache.scales.shape == (3, 2, 3)
 
 
 def test_pages_of_another_dtype_than_the_layout_are_refused():

@@ -54,9 +54,9 @@ def test_a_box_lies_behind_the_values_and_its_scales_at_the_end(layout, dtype):
     assert (pages.flatten(2)[..., : size * head] == 1).all()
     assert (pages.flatten(2)[..., size * head : 2 * size * head] == 2).all()
     rest = pages.flatten(2)[..., 2 * size * head :].contiguous().view(torch.int8)
-    scales = torch.tensor([3.0, 3.0]).view(torch.int8)
+    scales = torch.tensor([3.0, 3.0, 3.0]).view(torch.int8)
     expected = [torch.full((head,), 4), torch.full((head,), 5)]
-    expected += [torch.zeros(rest.shape[-1] - 2 * head - 8), scales]
+    expected += [torch.zeros(rest.shape[-1] - 2 * head - 12), scales]
     assert (rest == torch.cat(expected)).all()
     assert (storage[0] == 0).all() and (storage[2] == 0).all()
 
@@ -77,7 +77,7 @@ def test_scales_that_would_not_be_aligned_are_refused():
 def test_elements_per_token_count_the_statistics():
     assert PageLayout(16, 64).elements_per_token == 128
     assert PageLayout(16, 64, ("mean", "std")).elements_per_token == 136
-    # 8192 bytes of keys and values, 256 of the box, 8 of its scales, and padding to 67 * 128.
+    # 8192 bytes of keys and values, 256 of the box, 12 of its scales and radius, and padding to 67 * 128.
     assert PageLayout(16, 128, BOX).elements_per_token * 16 * 2 == 8576
     assert PageLayout(32, 80, BOX).elements_per_token == 164
 
