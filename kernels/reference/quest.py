@@ -16,7 +16,6 @@ from ..selectors import TopK
 from .candidates import Candidates
 from .scores import scale_to_scores
 
-
 LEAST_QUERY = 2.0**-40
 """Of a query as small as this all squares may vanish in fp32."""
 
@@ -91,8 +90,8 @@ def radius_bounds(candidates: Candidates) -> Tensor:
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:
-    """`radius_bounds`, made so much larger that no rounding is in the way: once of bounds and the scores
-    below them, and once of scores that were read, by which the threshold moves.
+    """`radius_bounds`, made so much larger that no rounding is in the way: once of bounds and the
+    scores below them, and once of scores that were read, by which the threshold moves.
 
     A sum of n products is wrong by at most n eps times the sum of their magnitudes, which is not
     above that of the query's times the largest that a key of the sequence can have. What squares

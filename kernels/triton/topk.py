@@ -6,9 +6,12 @@
 import triton
 import triton.language as tl
 
+from ..reference.quest import LEAST_QUERY
 from .nearest import SAMPLED
 from .pages import load_statistics, ranked_pages
 from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
+
+QUERY_MIN = tl.constexpr(LEAST_QUERY)
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexp
     b_size: magnitudes of the queries [DP, GP]; b_scale, b_slope: [GP], as of `load_scales`.
     """
     ROUNDING: tl.constexpr = 4 * D * 2.0**-23
-    b_unit = tl.sum(b_size.to(tl.float32), 0) * b_scale * (ROUNDING * 127)
+    b_unit = (tl.sum(b_size.to(tl.float32), 0) + QUERY_MIN) * b_scale * (ROUNDING * 127)
     if ALIBI:
         return b_unit, tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
     else:
@@ -105,8 +108,7 @@ def box_kernel(
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
     if CERTIFY:
-        b_size = tl.abs(b_q)
-        b_unit, b_fixed = rounding_of(b_size, b_scale, b_slope, n, D, ALIBI)  # [GP] each
+        b_unit, b_fixed = rounding_of(tl.abs(b_q), b_scale, b_slope, n, D, ALIBI)  # [GP] each
         b_span = tl.zeros([BP], tl.float32)
         if i_s == 0:
             tl.store(p_arrived + i_row * G + o_g, 0, mask=m_g)
@@ -128,9 +130,8 @@ def box_kernel(
             b_reach += b_most
         m_page = (o_page < ranked)[:, None]
         if CERTIFY:
-            b_half = widen(b_half) if b_q.dtype == tl.bfloat16 else b_half.to(b_q.dtype)
-            b_spread = tl.dot(b_half, b_size, input_precision="ieee") * b_half_scale[:, None]
-            b_bound = (b_center + b_spread) * b_scale[None, :]
+            b_radius = tl.load(p_scale + o_scale + 2)[:, None]
+            b_bound = (b_center + b_radius * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
             b_both = b_center_scale + b_half_scale

@@ -77,7 +77,7 @@ def test_scales_that_would_not_be_aligned_are_refused():
 def test_elements_per_token_count_the_statistics():
     assert PageLayout(16, 64).elements_per_token == 128
     assert PageLayout(16, 64, ("mean", "std")).elements_per_token == 136
-    # 8192 bytes of keys and values, 256 of the box, 12 of its scales and radius, and padding to 67 * 128.
+    # 8192 bytes of keys and values, 256 of the box, 12 of its scales, padding to 67 * 128.
     assert PageLayout(16, 128, BOX).elements_per_token * 16 * 2 == 8576
     assert PageLayout(32, 80, BOX).elements_per_token == 164
 

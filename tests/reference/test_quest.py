@@ -5,12 +5,20 @@ import math
 import pytest
 import torch
 
-from entmaxkv_kernels import TopK
+from entmaxkv_kernels import PageLayout, TopK, allocate_pages, append, split_pages
 from entmaxkv_kernels.pages import BOX
-from entmaxkv_kernels.reference.quest import page_reaches, quest_bounds, quest_pages
+from entmaxkv_kernels.reference.candidates import Candidates
+from entmaxkv_kernels.reference.quest import (
+    page_reaches,
+    quest_bounds,
+    quest_pages,
+    radius_bounds,
+    sound_bounds,
+)
 
 from .golden import KEY, QUERY, SCALE, golden_cache, golden_candidates
 from .scene import make_scene
+from .test_append import KINDS, keys_to_bound
 from .test_gaussian import candidates_of
 
 KNOWN = [1.5225, 1.6691, 2.0792, 2.6696, 3.3192, 3.8909, 4.2575, 4.3252, 4.0510, 3.4473]
@@ -84,6 +92,83 @@ def test_no_score_of_a_page_exceeds_its_bound(alpha, alibi, seed):
         for page in range((length - 1) // 16):
             largest = factor * scores[:, page * 16 : (page + 1) * 16].amax(-1)
             assert (largest <= bounds[b, :, page] + 1e-12).all()
+
+
+PAGES = 12
+
+
+def boxed_pages(key, query, dtype):
+    """The pages of keys [12 * 16, 4 heads, 32] and queries [4, group, 32], both of a dtype of
+    caches, as they are to be judged in `dtype`."""
+    layout = PageLayout(16, 32, BOX)
+    cache = split_pages(allocate_pages(PAGES, 4, layout, key.dtype), layout)
+    append(cache, key, key, torch.arange(len(key)))
+    scales = cache.scales.permute(2, 1, 0)[:, None, ..., None].to(dtype)  # [3, 1, 4, 12, 1]
+    return Candidates(
+        query=query[None].to(dtype),
+        statistics=cache.read_statistics(torch.arange(PAGES)[None], dtype).permute(3, 0, 2, 1, 4),
+        ranked=torch.arange(PAGES)[None] < PAGES - 1,
+        seq_lens=torch.tensor([len(key)]),
+        page_size=16,
+        scale=1.0,
+        alpha=1.0,
+        alibi_slopes=None,
+        half_scales=scales[1],
+        radius=scales[2],
+        square_dtype=torch.bfloat16 if key.dtype.itemsize == 2 else dtype,
+    )
+
+
+def queries_against(key, candidates):
+    """Queries [4, 12 * 16, 32], one for each key, which score it as high as its distance from the
+    center allows: of all with the same norm of query times half-widths those that suit it."""
+    center, half = candidates.statistics[:, 0].repeat_interleave(16, 2)
+    away = (key.transpose(0, 1).double() - center) / torch.where(half > 0, half, 1) ** 2
+    largest = away.abs().amax(-1, keepdim=True)
+    return away / torch.where(largest > 0, largest, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"tiny"}))
+def test_no_key_scores_above_what_its_radius_allows(kind, dtype):
+    """In fp64, but for squares of 16 bits; for the rounding of fp32 there is room besides."""
+    random = torch.Generator().manual_seed(3)
+    key = torch.cat([keys_to_bound(kind, random) for _ in range(PAGES)]).to(dtype)
+    key = key.nan_to_num(posinf=6e4, neginf=-6e4)
+    judged = boxed_pages(key, torch.zeros(4, 1, 32, dtype=dtype), torch.float64)
+    query = queries_against(key, judged).to(dtype)
+    query = torch.cat((query, torch.randn(4, 9, 32, generator=random).to(dtype)), 1)
+    candidates = boxed_pages(key, query, torch.float64)
+    scores = query.double() @ key.double().permute(1, 2, 0)  # [4, queries, 12 * 16]
+    highest = scores.unflatten(-1, (PAGES, 16)).amax(-1)
+    bounds = radius_bounds(candidates)[0]
+    size = query.double().abs() @ key.double().abs().amax(0)[..., None]
+    assert (highest <= bounds + 1e-13 * size).all()
+    if kind == "normal":
+        # The furthest key of a page reaches it, but for the widening.
+        middle = query.double() @ candidates.statistics[0, 0].mT
+        spread, reached = bounds - middle, highest - middle
+        lacking = (spread / reached)[:, : len(key)].unflatten(1, (PAGES, 16))
+        lacking = lacking.diagonal(dim1=1, dim2=3).amin(1)  # [4, PAGES]
+        assert ((lacking > 1) & (lacking < 1 + 2.0**-7)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e15], ids="queries of {}".format)
+def test_no_rounded_score_exceeds_its_sound_bound(kind, dtype, size):
+    """All in fp32, as steps compute it."""
+    random = torch.Generator().manual_seed(4)
+    key = torch.cat([keys_to_bound(kind, random) for _ in range(PAGES)]).to(dtype)
+    key = key.nan_to_num(posinf=6e4, neginf=-6e4)
+    judged = boxed_pages(key, torch.zeros(4, 1, 32, dtype=dtype), torch.float64)
+    query = (size * queries_against(key, judged)).to(dtype)
+    scores = query.float() @ key.float().permute(1, 2, 0)
+    highest = scores.unflatten(-1, (PAGES, 16)).amax(-1)[..., :-1]
+    bounds = sound_bounds(boxed_pages(key, query, torch.float32))[0, ..., :-1]
+    assert not (highest > bounds).any()
+    if kind == "normal" and size == 1:
+        assert (bounds.isfinite() & (bounds < 40)).all()
 
 
 @pytest.mark.parametrize("measure", [page_reaches, quest_bounds])
