@@ -22,7 +22,7 @@ from .entmax import (
     weights_and_slopes,
 )
 from .filter import DONE, LEFT
-from .scores import await_previous
+from .scores import allow_next, await_previous
 
 
 @triton.jit
@@ -148,6 +148,7 @@ def attend_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    allow_next(CHAINED)
     await_previous(CHAINED)
     if i_d + i_hq == 0:
         if COUNT:

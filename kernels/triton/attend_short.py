@@ -11,7 +11,7 @@ from .certificate import certify
 from .counters import count_step
 from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
-from .scores import await_previous, page_source, prefetch
+from .scores import allow_next, await_previous, page_source, prefetch
 
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
@@ -43,6 +43,7 @@ def attend_short_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    allow_next(CHAINED)
     await_previous(CHAINED)
     if COUNT and i_d + i_hq == 0:
         count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)

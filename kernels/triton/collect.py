@@ -169,6 +169,8 @@ def collect_kernel(
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)
+    # Programs that wait take nothing from those of this launch, all of which run by then.
+    allow_next(CHAINED)
     p_pages, first, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
         P, WINDOW, LISTED,
@@ -237,7 +239,6 @@ def collect_kernel(
                 p_z = p_score + o_list[None, :] + b_position[:, None]
                 tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
             count += kept
-    allow_next(CHAINED)
     tl.store(p_count + own, count)
     # Rows of a tile are taken together so far as they lie in one warp.
     o_class = tl.arange(0, CLASSES)[:, None]

@@ -248,7 +248,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         tiles = (shape.sample // shape.tile, *rows[1:])
         _chain(sample_kernel, tiles, arguments, num_warps=_warps(shape))
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
-    _chain(collect_kernel, rows, arguments, STAGES=2)
+    _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
     parts = (shape.value_parts, shape.query_heads, shape.batch)
     warps = _attend_warps(shape)
     values = {
@@ -282,14 +282,16 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
 
 def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
     """Attend where lists were too short, or a guess too high, if either can be."""
-    if arguments["GUESSED"] or arguments["OVERFULL"] or shape.near < shape.most_near:
+    anywhere = arguments["GUESSED"] or shape.near < shape.most_near
+    if anywhere or arguments["OVERFULL"]:
         # Interpreted programs run one after the other, and cannot wait for each other.
         on_gpu = arguments["p_query"].is_cuda
-        _launch(
+        _chain(
             fallback_kernel,
             (shape.processors if on_gpu else 1,),
             arguments,
             BN=max(32, shape.page_size),
+            FLAGGED=not anywhere,
             num_warps=8,
             **({"launch_cooperative_grid": True} if on_gpu else {}),
         )

@@ -15,7 +15,16 @@ from .certificate import certify
 from .counters import SUPPORT
 from .entmax import FP16_WEIGHT, newton_step, norm, weigh, weigh_scores, weights_and_slopes
 from .filter import DONE
-from .scores import load_pages, load_queries, load_rows, load_scales, page_source, score_rows
+from .scores import (
+    await_if,
+    await_previous,
+    load_pages,
+    load_queries,
+    load_rows,
+    load_scales,
+    page_source,
+    score_rows,
+)
 from .values import weighted_columns
 
 # Thresholds that a pass over the keys tries, and the most passes: a bracket of width one shrinks
@@ -40,13 +49,13 @@ def meet(p_barrier, meetings, programs):
 
 
 @triton.jit
-def any_left(p_state, heads):
-    """Whether any head of the batch is not done."""
+def any_of(p_flag, count):
+    """Whether any of `count` numbers, of which none is negative, is not 0."""
     o_i = tl.arange(0, STATES)
-    b_left = tl.zeros([STATES], tl.int32)
-    for i in range(0, heads, STATES):
-        b_left |= tl.load(p_state + i + o_i, mask=i + o_i < heads, other=DONE)
-    return tl.max(b_left, 0) > 0
+    b_any = tl.zeros([STATES], tl.int32)
+    for i in range(0, count, STATES):
+        b_any |= tl.load(p_flag + i + o_i, mask=i + o_i < count, other=0).to(tl.int32)
+    return tl.max(b_any, 0) > 0
 
 
 @triton.jit
@@ -90,8 +99,8 @@ def score_tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def fallback_kernel(
-    p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
-    p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
+    p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
+    p_alpha, p_slopes, p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
     p_out, p_counters, p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
     p_arrived,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
@@ -100,12 +109,22 @@ def fallback_kernel(
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of every head that is not done."""
-    if any_left(p_state, rows * G) == 0:
-        return
+    """Writes the output of every head that is not done.
+
+    FLAGGED: that can be so in rows of `p_exact_rows` alone, which are known beforehand.
+    """
     i_p, programs = tl.program_id(0), tl.num_programs(0)
+    if FLAGGED:
+        flagged = any_of(p_exact_rows, rows // HKV)
+        await_if(flagged | (i_p == 0), CHAINED)
+        if flagged == 0:
+            return
+    else:
+        await_previous(CHAINED)
+    if any_of(p_state, rows * G) == 0:
+        return
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     o_j, o_s = tl.arange(0, TRIALS), tl.arange(0, SP * CLASSES)
     m_g = o_g < G

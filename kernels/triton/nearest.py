@@ -16,6 +16,7 @@ import triton.language as tl
 from .certificate import mark_read
 from .pages import (
     NEVER,
+    WARP,
     count_read,
     list_last,
     list_rest,
@@ -164,13 +165,18 @@ def place_nearest(
 
 
 @triton.jit
-def place_in_row(
-    p_reach, p_page_extreme, i_row, o_page, ranked, pages, page_stride, budget,
-    G: tl.constexpr, GW: tl.constexpr, BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    CHAINED: tl.constexpr,
+def list_few(
+    p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages, list_stride,
+    page_stride, budget,
+    G: tl.constexpr, GW: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr, BL: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Places in the list of the pages of a row of at most BL pages but the last one: the `budget`
-    nearest ones have one, of pages as near the earlier; all have, if the row is read whole."""
+    """Awaits the launch before; lists those pages of a row of at most BL but the last one that
+    are chosen and that split i_s reads: the `budget` nearest, of pages as near the earlier; all
+    that it reads, if the row is read whole."""
+    o_page = tl.arange(0, BL)
+    b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
+    await_previous(CHAINED)
     b_place = tl.where(o_page < pages, o_page, NEVER)
     if ranked > 0:
         p_r = p_reach + i_row.to(tl.int64) * page_stride * GW
@@ -182,7 +188,10 @@ def place_in_row(
         b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
         found, nearer = find(b_distance, 0, STEPS, ranked, budget, 0)
         b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
-    return b_place
+    m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
+    store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
+    if CERTIFY:
+        mark_read(p_unread, i_row, o_page, m_own, page_stride)
 
 
 @triton.jit
@@ -194,25 +203,28 @@ def list_own(
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
     CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Awaits the launch before; lists the chosen pages of one short row that split i_s reads, in
-    their order: of S splits every S-th PAGES.
+    """Awaits the launch before; lists the chosen pages of one short row, of at most BL pages, that
+    split i_s reads, in their order: of S splits every S-th PAGES.
 
-    Every split stores their number, the same, and reads what it has stored itself.
+    Every split stores their number, the same, and reads what it has stored itself. A row of few
+    pages is not made to pay for the room that others have.
     """
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     pages = (n + P - 1) // P
-    o_page = tl.arange(0, BL)
     p_list = p_listed + i_row.to(tl.int64) * (2 * list_stride)
-    b_page, last_page = load_table(p_block_table, i_b, o_page, pages, s_block_table)
-    await_previous(CHAINED)
-    b_place = place_in_row(
-        p_reach, p_page_extreme, i_row, o_page, ranked, pages, page_stride, budget,
-        G, GW, BL, PS, PSP, CHAINED,
-    )  # fmt: skip
-    m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
-    store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
-    if CERTIFY:
-        mark_read(p_unread, i_row, o_page, m_own, page_stride)
+    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+    last_page = tl.load(p_table + tl.maximum(pages - 1, 0), mask=pages > 0, other=0).to(tl.int32)
+    FEW: tl.constexpr = max(BL // 8, WARP)
+    if pages <= FEW:
+        list_few(
+            p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages,
+            list_stride, page_stride, budget, G, GW, PAGES, S, FEW, PS, PSP, CERTIFY, CHAINED,
+        )  # fmt: skip
+    else:
+        list_few(
+            p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages,
+            list_stride, page_stride, budget, G, GW, PAGES, S, BL, PS, PSP, CERTIFY, CHAINED,
+        )  # fmt: skip
     chosen = tl.minimum(budget, ranked)
     if chosen // PAGES % S == i_s:
         list_last(p_list, last_page, chosen, ranked, list_stride)

@@ -70,7 +70,7 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
     b_nearer = tl.reshape(m_nearer.to(tl.uint32), [BL // WARP, WARP]) * b_bit
     b_tied = tl.reshape(m_tied.to(tl.uint32), [BL // WARP, WARP]) * b_bit
     b_nearer, b_tied = tl.sum(b_nearer, 1), tl.sum(b_tied, 1)
-    # Both counts are at most BL <= 2048, so one scan serves both.
+    # Both counts are at most BL <= 4096, so one scan serves both.
     b_row = count_bits(b_nearer, CHAINED) + (count_bits(b_tied, CHAINED) << 16)
     b_before = count_bits(b_nearer[:, None] & (b_bit - 1), CHAINED)
     b_before += count_bits(b_tied[:, None] & (b_bit - 1), CHAINED) << 16

@@ -95,6 +95,7 @@ def box_kernel(
         tl.store(p_member_count + i_row, 0)
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     await_if(may_be_fresh(n, P), CHAINED)
+    allow_next(CHAINED)
     o_p, o_d, o_g = tl.arange(0, BP), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
     b_scale, b_slope, _ = load_scales(
@@ -148,7 +149,6 @@ def box_kernel(
             m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
             p_s = p_page_sample + o_sample[:, None] * GW + o_g[None, :]
             tl.store(p_s, b_reach, mask=m_sample)
-    allow_next(CHAINED)
     p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
     tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)

@@ -25,10 +25,10 @@ HELD = 2048
 HELD_LISTED = 8192
 """The same where pages are listed for a budget."""
 
-RANKED_BY_READERS = 2048
+RANKED_BY_READERS = 4096
 """Pages of a row that each program that reads some ranks by itself."""
 
-RANKED_ALONE = 2048
+RANKED_ALONE = 4096
 """Pages of a row that one program ranks, where block tables have room for more."""
 
 CAPACITY_FRACTION = 8
@@ -141,7 +141,13 @@ class Shape:
     @property
     def splits(self) -> int:
         """Programs per sequence and KV head: one wave in all, and a tile for each."""
-        return min(self._programs(4), -(-self.max_read // self.tile))
+        return min(self._programs(16 // self.collect_warps), -(-self.max_read // self.tile))
+
+    @property
+    def collect_warps(self) -> int:
+        """Warps of each of them: more where a program ranks more pages than four hold."""
+        ranks = self.selector == "topk" and self.ranked_by_readers
+        return 8 if ranks and self.max_pages > 2048 else 4
 
     @property
     def page_splits(self) -> int:

@@ -165,6 +165,23 @@ def test_a_page_is_chosen_whoever_ranks_it(monkeypatch):
     assert listed[0].sum(-1).flatten().tolist() == [41, 19, 41]
 
 
+@pytest.mark.parametrize("pages", [2048, 2049, 2100])
+def test_the_programs_that_read_a_row_rank_many_pages_in_two_halves(pages):
+    """Beside it one of few pages, under the same wide table."""
+    scene = sparse_scene(TopK(1000), [(pages - 1) * 16 + 3, 40 * 16], kv_heads=1, group=2)
+    scene.block_table = torch.nn.functional.pad(scene.block_table, (0, 2100 - pages))
+    chosen = check(TopK(1000), scene)
+    assert chosen.sum(-1).flatten().tolist() == [63, 40]
+
+
+@pytest.mark.parametrize("pages", [2100])
+def test_equal_pages_go_to_the_earlier_one_across_halves(pages):
+    scene = sparse_scene(TopK(2060 * 16), [pages * 16], kv_heads=1, group=2)
+    make_pages_equal(scene)
+    chosen = check(TopK(2060 * 16), scene)
+    assert chosen[0, 0, :2060].all() and not chosen[0, 0, 2060:-1].any()
+
+
 def test_a_sample_that_misleads_is_made_up_for(monkeypatch):
     """Of 2,100 pages every other one is sampled, and those between lie nearer."""
     monkeypatch.setattr(workspace, "RANKED_ALONE", 64)
