@@ -11,6 +11,9 @@ from entmaxkv_vllm import DEMO_MODEL, __version__
 from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
 from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
 
+BENCHED = ("exact", "gaussian", "topk")
+"""The selectors that are timed unless others are asked for."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a job."""
@@ -52,7 +55,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     kernels.add_argument(
         "batches", nargs="+", metavar="BATCH", help="such as 1q1s128k, 8q1s32k, q2k, 2q1k_32q1s4k"
     )
-    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
+    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(BENCHED))
     kernels.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     asked = Options()
     for name, help in (

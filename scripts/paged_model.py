@@ -27,6 +27,7 @@ from entmaxkv_kernels import (
 )
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.selectors import CompiledSelector
+from entmaxkv_vllm.config import GAUSSIAN
 
 PREFILL_TOKENS = 131072
 """Tokens that are prefilled at once."""
@@ -38,7 +39,8 @@ STATISTICS: tuple[Statistics, ...] = (("mean", "std"), BOX)
 
 
 def parse_selector(name: str) -> Selector:
-    """`exact`, `gaussian`, `topk:N` with a budget of N tokens, or `adaptive:R` with a reach of R.
+    """`exact`, `gaussian`, `gaussian-paper`, `topk:N` with a budget of N tokens, or `adaptive:R` with
+    a reach of R.
 
     Raises ValueError for any other name.
     """
@@ -47,9 +49,11 @@ def parse_selector(name: str) -> Selector:
         return TopK(int(budget))
     if kind == "adaptive" and budget:
         return Adaptive(reach=float(budget))
-    if name in ("exact", "gaussian"):
-        return Exact() if name == "exact" else Gaussian()
-    expected = "exact, gaussian, topk:TOKENS or adaptive:REACH"
+    if name == "exact":
+        return Exact()
+    if name in GAUSSIAN:
+        return Gaussian(shared_spread=name == "gaussian-paper")
+    expected = "exact, gaussian, gaussian-paper, topk:TOKENS or adaptive:REACH"
     raise ValueError(f"selector is {name!r}; expected {expected}")
 
 

@@ -106,6 +106,7 @@ def test_decoding_from_pages_predicts_what_the_whole_sequence_does(monkeypatch, 
 def test_selectors_have_names():
     assert parse_selector("exact") == Exact()
     assert parse_selector("gaussian") == Gaussian()
+    assert parse_selector("gaussian-paper") == Gaussian(shared_spread=True)
     assert parse_selector("topk:96") == TopK(96)
     assert parse_selector("adaptive:1.5") == Adaptive(reach=1.5)
     with pytest.raises(ValueError, match="selector is 'topk'; expected exact"):
