@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from entmaxkv_kernels import Exact, Gaussian, PagedCache, PageLayout, Selector, TopK
-from entmaxkv_vllm.config import ConfigurationError, EntmaxKVConfig
+from entmaxkv_vllm.config import GAUSSIAN, ConfigurationError, EntmaxKVConfig
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 def selector_of(config: EntmaxKVConfig) -> Selector:
     """The kernels' selector for a configuration."""
-    if config.selector == "gaussian":
-        return Gaussian()
+    if config.selector in GAUSSIAN:
+        return Gaussian(shared_spread=config.selector == "gaussian-paper")
     if config.selector == "topk":
         return TopK(token_budget=config.token_budget)
     return Exact()

@@ -11,6 +11,10 @@ from entmaxkv_vllm import DEMO_MODEL, __version__
 from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
 from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
 
+PARTS = ("attention", "perplexity", "tasks")
+BENCHED = ("exact", "gaussian", "topk")
+"""The selectors that are timed unless others are asked for."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a job."""
@@ -39,8 +43,61 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON")
     plot.add_argument("--out", type=Path, required=True, help="the folder for SVG files")
 
+    _add_evaluate(
+        commands.add_parser("evaluate", help="measure what a model loses under selectors")
+    )
     _add_bench(commands.add_parser("bench", help="time the kernels, or a server under load"))
     return top
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("model", type=Path, help="a folder with weights and a tokenizer")
+    evaluate.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    evaluate.add_argument(
+        "--selectors",
+        nargs="+",
+        default=["exact", "gaussian", "topk:1024"],
+        help="such as exact, gaussian, topk:TOKENS, adaptive:REACH, adaptive:1.5,guard=0",
+    )
+    evaluate.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=["perplexity", "attention"],
+        help="tasks are answered only by models trained on them, see docs/fidelity.md",
+    )
+    for name, default, help in (
+        ("contexts", [4096], "tokens of a sequence"),
+        ("batch", 8, "windows of text, and tasks of each kind, at once"),
+        ("steps", 128, "tokens of a window that are predicted"),
+        ("sequences", 2, "whose attention is measured"),
+        ("positions", 128, "of each of them"),
+    ):
+        evaluate.add_argument(
+            f"--{name}",
+            type=_count,
+            nargs="+" if isinstance(default, list) else None,
+            default=default,
+            help=f"{help}; default {default}",
+        )
+    evaluate.add_argument("--alpha", type=float, help="in place of what config.json says")
+    evaluate.add_argument(
+        "--packages",
+        nargs="*",
+        default=[],
+        help="installed packages whose sources are text, besides the standard library",
+    )
+    evaluate.add_argument("--inputs", type=Path, help="a folder to write keys and queries to")
+    evaluate.add_argument(
+        "--minutes", type=float, default=1440, help="begin nothing new in a part after so many"
+    )
+    evaluate.add_argument("--commit", help="of a copy of the code that is no checkout")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -52,7 +109,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     kernels.add_argument(
         "batches", nargs="+", metavar="BATCH", help="such as 1q1s128k, 8q1s32k, q2k, 2q1k_32q1s4k"
     )
-    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
+    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(BENCHED))
     kernels.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     asked = Options()
     for name, help in (
@@ -123,9 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_demo(args.model, args.selector, args.tokens, args.seed, args.keep)
     if args.command == "plot":
-        from entmaxkv_vllm.plots.draw import command
+        from entmaxkv_vllm.plots.draw import command as plot
 
-        return command(args.files, args.out)
+        return plot(args.files, args.out)
+    if args.command == "evaluate":
+        from entmaxkv_vllm.evaluate.command import command as evaluate
+
+        return evaluate(args)
     if args.command == "bench":
         return _bench(args)
     from entmaxkv_vllm.doctor import run as run_doctor

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.entmaxkv")
 
-SELECTORS = ("exact", "gaussian", "topk")
+SELECTORS = ("exact", "gaussian", "gaussian-paper", "topk")
+GAUSSIAN = ("gaussian", "gaussian-paper")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
 ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
@@ -44,8 +45,9 @@ class EntmaxKVConfig:
         alpha: entmax alpha in [1, 2], one for all query heads or one per query head of the
             whole model (before tensor parallelism). 1 is softmax.
         selector: `exact` reads every page of keys; `gaussian` reads the pages whose keys can
-            reach the estimated threshold (EntmaxKV, arXiv 2605.21649); `topk` reads the best
-            pages of `token_budget` (Quest, arXiv 2406.10774).
+            reach the estimated threshold (EntmaxKV, arXiv 2605.21649); `gaussian-paper` is the
+            same with the paper's own margins, which the spread of all heads decides; `topk` reads
+            the best pages of `token_budget` (Quest, arXiv 2406.10774).
         token_budget: tokens that `topk` reads per step and KV head, besides the last page.
         page_size: tokens in a page; one vLLM block is a whole number of pages.
         dense_layers: indices of layers that always decode exactly.
@@ -161,10 +163,10 @@ def resolve(
             f"give at least {config.page_size}",
         )
     alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,)
-    if config.selector == "gaussian" and 1.0 in alphas:
+    if config.selector in GAUSSIAN and 1.0 in alphas:
         raise ConfigurationError(
             "selector",
-            "gaussian",
+            config.selector,
             "estimates an entmax threshold, which softmax (alpha 1) does not have",
             "use selector exact or topk",
         )

@@ -7,11 +7,12 @@ Everything is drawn from the caller's `random.Random`, and keys and source files
 by a hash, so held-out tasks share neither a key nor a haystack with training.
 """
 
+import importlib.util
 import random
 import string
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,18 @@ LARGEST_SOURCE_FILE = 256 * 1024
 
 TEXT_FOLDERS = [Path(sysconfig.get_paths()["stdlib"])]
 """Folders whose source files are the haystack; to be added to before the first is drawn from."""
+
+
+def add_packages(names: Iterable[str]) -> None:
+    """Let the sources of installed packages be text, besides the standard library's.
+
+    Raises ValueError for one that is not installed.
+    """
+    for name in names:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise ValueError(f"--packages: {name} is not installed; leave it out or install it")
+        TEXT_FOLDERS.append(Path(found.origin).parent)
 
 
 @dataclass(frozen=True)

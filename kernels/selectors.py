@@ -21,19 +21,23 @@ class Exact:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The Gaussian page rule of EntmaxKV (arXiv 2605.21649), with the paper's constants.
+    """The Gaussian page rule of EntmaxKV (arXiv 2605.21649), with the constants of its system.
 
     Scores inside a page are modelled as normal, with the page's mean and diagonal variance. A
     page is read when the `quantile` of its largest modelled score exceeds the threshold expected
     of all pages, lowered by a margin. All lengths below are in units of the attention score
     (`scale * q.k`).
 
-    The paper takes one of two settings by the spread of the scores, the standard deviation of
-    the scores that the model gives to one query head of one sequence: the `narrow_` setting when
-    it is below `narrow_spread`.
+    One of two settings is taken by the spread of the scores, the standard deviation of the scores
+    that the model gives to one query head of one sequence: the `narrow_` setting when it is below
+    `narrow_spread`.
 
     quantile, narrow_quantile: quantile of the largest score of a page, in (0, 1).
     safety, narrow_safety: the least margin is this times the spread squared.
+    shared_spread: let the mean spread of a sequence's query heads choose the setting of each, and
+        take the place of one of the two factors of the square. That is the paper's own rule, for a
+        batch of one: over a larger one it takes the mean over all sequences, so that what one
+        reads depends on the others.
     narrow_spread: the spread below which the narrow setting applies.
     excess_fraction: the margin is at least this fraction of how far the expected threshold lies
         above the reach of an average page, mean + `excess_deviations` standard deviations.
@@ -46,6 +50,7 @@ class Gaussian:
     narrow_spread: float = 1.5
     excess_fraction: float = 0.2
     excess_deviations: float = 1.5
+    shared_spread: bool = False
 
     name: ClassVar[str] = "gaussian"
     statistics: ClassVar[tuple[str, ...]] = ("mean", "std")

@@ -3,7 +3,7 @@
 Synthetic keys are of several kinds, some with one isolated needle: a key of which only the first
 query head knows, made so large in that query's direction that it takes most of the head's weight.
 Queries are scaled so that a given share of the keys is in the exact support. Recorded keys and
-queries are what `evaluate_fidelity.py --inputs` writes. Nothing but selection and exact weights is
+queries are what `entmaxkv evaluate --inputs` writes. Nothing but selection and exact weights is
 computed, with alpha 1.5, by the reference.
 """
 

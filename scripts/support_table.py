@@ -231,6 +231,11 @@ SCHEDULING = (
         gpu=f"{GPU}test_sparse_selectors_read_less_and_give_the_reference_s_tokens",
     ),
     Line(
+        "the selector `gaussian-paper`",
+        engine=options(selector="gaussian-paper"),
+        cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+    ),
+    Line(
         "counters of what steps prove (`certificate`)",
         engine=options(selector="topk", certificate=True),
         cpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",

@@ -8,7 +8,6 @@ with the same learning rates. Their folders are named after alpha, inside that o
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from training_data import prefetched, training_batch
 from transformers import LlamaForCausalLM
 
-from entmaxkv_vllm.retrieval import TEXT_FOLDERS, haystack
+from entmaxkv_vllm.retrieval import add_packages, haystack
 
 # The share of the budget after which each set of lengths is drawn from.
 CURRICULUM = (
@@ -202,15 +201,6 @@ def warm_up(trainees: list[Trainee], arguments: argparse.Namespace) -> None:
         trainee.describe()
 
 
-def add_packages(names: list[str]) -> None:
-    """Let the sources of installed packages be text, besides the standard library's."""
-    for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:
-            raise SystemExit(f"--packages: {name} is not installed; leave it out or install it")
-        TEXT_FOLDERS.append(Path(found.origin).parent)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -277,7 +267,10 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.resume and len(arguments.alpha) > 1:
         raise SystemExit("--resume continues one model; give one --alpha")
-    add_packages(arguments.packages)
+    try:
+        add_packages(arguments.packages)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     trainees = new_trainees(arguments)
     start = 0.0
     if arguments.resume:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 from byte_tokenizer import BOS, EOS
-from ruler import ruler_training_text
 
+from entmaxkv_vllm.evaluate.ruler import ruler_training_text
 from entmaxkv_vllm.retrieval import END_OF_ANSWER, TrainingText, training_text
 
 T = TypeVar("T")

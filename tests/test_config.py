@@ -130,6 +130,11 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
         pytest.param(
             {"selector": "gaussian", "alpha": 1.0}, r"softmax \(alpha 1\)", id="gaussian-softmax"
         ),
+        pytest.param(
+            {"selector": "gaussian-paper", "alpha": [1.5, 1.5, 1.0, 1.5]},
+            r"selector='gaussian-paper' estimates .*softmax \(alpha 1\)",
+            id="gaussian-paper-softmax",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_naming_the_setting_the_value_and_the_remedy(options, message):

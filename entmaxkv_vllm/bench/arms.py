@@ -18,13 +18,16 @@ from entmaxkv_kernels import (
 )
 from entmaxkv_vllm.bench.timing import Step
 from entmaxkv_vllm.bench.workload import ALPHA, Workload
+from entmaxkv_vllm.config import GAUSSIAN
 
 
 def selector_of(name: str, tokens: int, share: float, page_size: int) -> Selector:
     """The selector of this name; a budget is `share` of `tokens`, at least a page."""
     if name == "topk":
         return TopK(token_budget=max(page_size, int(share * tokens)))
-    return Gaussian() if name == "gaussian" else Exact()
+    if name in GAUSSIAN:
+        return Gaussian(shared_spread=name == "gaussian-paper")
+    return Exact()
 
 
 @dataclass

@@ -193,7 +193,10 @@ def cut_pages(
 ) -> PageCut:
     """Compare the candidates with the expected threshold [B, query_heads]."""
     ranked, spread = candidates.ranked, model.global_deviation
-    narrow = spread < selector.narrow_spread
+    typical = spread
+    if selector.shared_spread:
+        typical = spread.mean(-1, keepdim=True).expand_as(spread)
+    narrow = typical < selector.narrow_spread
 
     def setting(of_narrow: float, of_wide: float) -> Tensor:
         return torch.where(narrow, spread.new_tensor(of_narrow), spread.new_tensor(of_wide))
@@ -203,7 +206,7 @@ def cut_pages(
     upper = model.mean + selector.excess_deviations * model.deviation
     upper = upper.masked_fill(~ranked[:, None], 0).sum(-1) / ranked.sum(-1)[:, None]
     excess = selector.excess_fraction * (threshold - upper).clamp_min(0)
-    margin = torch.maximum(safety * spread.square(), excess)
+    margin = torch.maximum(safety * typical * spread, excess)
     # The largest of page_size independent normals stays below its quantile with the page_size-th
     # root of the probability for one.
     z = torch.special.ndtri(quantile ** (1 / candidates.page_size))[..., None]

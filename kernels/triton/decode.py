@@ -234,6 +234,7 @@ def _list_pages(
             narrow_quantile=normal.inv_cdf(selector.narrow_quantile**root),
             excess_fraction=selector.excess_fraction,
             excess_deviations=selector.excess_deviations,
+            SHARED=selector.shared_spread,
             num_warps=8 if arguments["ALIBI"] else 1,
         )
         _launch(reach_kernel, tiles, arguments, BR=256)

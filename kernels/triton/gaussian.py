@@ -142,29 +142,13 @@ def tail_start(log_mass, b):
 
 
 @triton.jit
-def cut_kernel(
-    p_seq_lens, p_exact_rows, p_alpha, p_slopes, p_reach, p_deviation, p_model, p_cut,
-    page_stride, exact_below, factor, exponent,
-    narrow_spread, safety, narrow_safety, quantile, narrow_quantile,
-    excess_fraction, excess_deviations,
-    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BP: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    EXACT_ROWS: tl.constexpr,
+def score_moments(
+    p_model, ranked, i_row, i_g, G: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """What decides about the pages of one query head: the floor that a page's reach has to
-    exceed, and the number of deviations that the reach lies above the page's mean.
-
-    quantile, narrow_quantile: as numbers of deviations of a page's score.
-    """
-    i_hq, i_b = tl.program_id(0), tl.program_id(1)
-    i_row = i_b * HKV + i_hq // G
-    i_head = i_b * HKV * G + i_hq
-    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-    if ranked == 0:
-        return
-    head_factor, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    """Mean and deviation of all scores of one query head, and the mean deviation of its pages."""
     o_s = tl.arange(0, PSP)
-    p_m = p_model + ((i_row * PS + o_s) * G + i_hq % G) * 4
+    p_m = p_model + ((i_row * PS + o_s) * G + i_g) * 4
     # Pages of a split: whole tiles, and what the last tile has.
     b_tiles = tl.maximum(ranked // BP - o_s + PS - 1, 0) // PS
     b_count = b_tiles * BP + tl.where(o_s == ranked // BP % PS, ranked % BP, 0)
@@ -180,7 +164,42 @@ def cut_kernel(
     variance = tl.sum(tl.where(m_s, moment, 0.0), 0) / pages
     spread = tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), LEAST_DEVIATION)
     deviation = tl.sum(tl.load(p_m + 3, mask=m_s, other=0.0), 0) / pages
+    return mean, spread, deviation
 
+
+@triton.jit
+def cut_kernel(
+    p_seq_lens, p_exact_rows, p_alpha, p_slopes, p_reach, p_deviation, p_model, p_cut,
+    page_stride, exact_below, factor, exponent,
+    narrow_spread, safety, narrow_safety, quantile, narrow_quantile,
+    excess_fraction, excess_deviations,
+    HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BP: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """What decides about the pages of one query head: the floor that a page's reach has to
+    exceed, and the number of deviations that the reach lies above the page's mean.
+
+    quantile, narrow_quantile: as numbers of deviations of a page's score.
+    SHARED: the mean spread of the sequence's heads chooses between the settings.
+    """
+    i_hq, i_b = tl.program_id(0), tl.program_id(1)
+    i_row = i_b * HKV + i_hq // G
+    i_head = i_b * HKV * G + i_hq
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    if ranked == 0:
+        return
+    head_factor, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    mean, spread, deviation = score_moments(p_model, ranked, i_row, i_hq % G, G, PS, PSP, BP)
+    typical = spread
+    if SHARED:
+        typical = 0.0 * spread
+        for i_other in range(0, HKV * G):
+            i_other_row = i_b * HKV + i_other // G
+            _, other, _ = score_moments(p_model, ranked, i_other_row, i_other % G, G, PS, PSP, BP)
+            typical += other / (HKV * G)
+
+    pages = ranked.to(tl.float32)
     biased = mean
     if ALIBI:
         middle = 0.5 * (pages * P - 1.0) - (n - 1).to(tl.float32)
@@ -226,10 +245,10 @@ def cut_kernel(
             going = (tl.abs(total) > LAST_STEP).to(tl.int32)
             steps += 1
     threshold = tau / head_factor
-    narrow = spread < narrow_spread
+    narrow = typical < narrow_spread
     upper = biased + excess_deviations * deviation
     excess = excess_fraction * tl.maximum(threshold - upper, 0.0)
-    least = tl.where(narrow, narrow_safety, safety) * spread * spread
+    least = tl.where(narrow, narrow_safety, safety) * typical * spread
     tl.store(p_cut + 2 * i_head, threshold - tl.maximum(least, excess))
     tl.store(p_cut + 2 * i_head + 1, tl.where(narrow, narrow_quantile, quantile))
 

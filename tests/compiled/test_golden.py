@@ -23,7 +23,7 @@ OUTPUT = torch.tensor([0.807636, 0.738207, -0.009925, -0.748933], dtype=torch.fl
 
 @pytest.mark.parametrize(
     "selector, pages",
-    [(Exact(), 11), (TopK(64), 5), (Gaussian(), 5)],
+    [(Exact(), 11), (TopK(64), 5), (Gaussian(), 5), (Gaussian(shared_spread=True), 5)],
     ids=lambda value: getattr(value, "name", f"{value} pages"),
 )
 def test_the_known_pages_are_read_and_give_the_known_output(selector, pages):

@@ -202,6 +202,15 @@ def test_scores_of_every_spread_have_their_threshold():
         check(Gaussian(), sparse_scene(Gaussian(), [700, 64], spread=spread))
 
 
+def test_the_mean_spread_of_all_heads_may_choose_the_setting():
+    """Some heads are narrow and some wide, and so is the mean of some sequences."""
+    shared, own = Gaussian(shared_spread=True, excess_fraction=0), Gaussian(excess_fraction=0)
+    scene = sparse_scene(shared, [700, 331, 900], kv_heads=3, group=2)
+    for row, query in enumerate(scene.query):
+        query *= torch.tensor([0.02, 0.3, 0.05, 1.5, 0.4, 0.02])[:, None] * (1 + row)
+    assert not torch.equal(check(shared, scene), check(own, scene))
+
+
 def test_two_runs_give_the_same_bits():
     step = Step(sparse_scene(Gaussian(), dtype=torch.float16), Gaussian())
     assert torch.equal(step.run(), step.run())

@@ -158,8 +158,9 @@ def test_the_pipeline_of_the_paper_takes_its_known_course():
     assert cut.floor.item() / 2 == pytest.approx(3.839045, abs=6e-7)
     reach = [1.9505, 2.0982, 2.4975, 3.0772, 3.7258, 4.3073, 4.6865, 4.7573, 4.4676, 3.8322]
     assert (cut.reach[0, 0, :10] / 2).tolist() == pytest.approx(reach, abs=6e-5)
-    chosen = gaussian_pages(candidates, Gaussian())
-    assert chosen[0, 0].nonzero().flatten().tolist() == [5, 6, 7, 8]
+    for selector in (Gaussian(), Gaussian(shared_spread=True)):
+        chosen = gaussian_pages(candidates, selector)
+        assert chosen[0, 0].nonzero().flatten().tolist() == [5, 6, 7, 8]
 
 
 def test_alibi_takes_the_known_page_mixture():
@@ -277,6 +278,39 @@ def test_the_quantiles_of_a_page_maximum_have_their_known_values(page_size, narr
     candidates = golden_candidates()._replace(page_size=page_size)
     cut = cut_pages(candidates, model, torch.zeros(1, 2).double(), Gaussian())
     assert cut.reach[0, :, 0].tolist() == pytest.approx([narrow, wide], abs=6e-5)
+
+
+def test_the_mean_spread_of_all_heads_may_choose_the_setting_of_each():
+    """Of two sequences, one of which is narrow on average although one head is wide."""
+    spread = torch.tensor([[0.5, 2.0], [1.0, 8.0]], dtype=torch.float64)
+    model = model_pages(golden_candidates())._replace(
+        mean=torch.zeros(2, 2, 11).double(),
+        deviation=torch.ones(2, 2, 11).double(),
+        global_deviation=spread,
+    )
+    tau = torch.full((2, 2), 3.0).double()
+    paper = Gaussian(shared_spread=True, excess_fraction=0.0)
+    cut = cut_pages(golden_candidates(), model, tau, paper)
+    assert cut.reach[:, :, 0].flatten().tolist() == pytest.approx([3.2259] * 2 + [3.4199] * 2, 1e-5)
+    margins = [0.01 * 1.25 * 0.5, 0.01 * 1.25 * 2, 0.05 * 4.5 * 1, 0.05 * 4.5 * 8]
+    assert (3 - cut.floor).flatten().tolist() == pytest.approx(margins)
+    own = cut_pages(golden_candidates(), model, tau, Gaussian(excess_fraction=0.0))
+    assert (3 - own.floor).flatten().tolist() == pytest.approx([0.0025, 0.2, 0.01, 3.2])
+
+
+def test_a_sequence_is_judged_without_its_neighbours_however_the_spread_is_taken():
+    scene = make_scene([700, 300], kv_heads=2, group=2, statistics=("mean", "std"), spread=3)
+    both = candidates_of(scene, 1.5)
+    alone = both._replace(
+        query=both.query[:1],
+        statistics=both.statistics[:, :1],
+        ranked=both.ranked[:1],
+        seq_lens=both.seq_lens[:1],
+    )
+    for selector in (Gaussian(), Gaussian(shared_spread=True)):
+        chosen = gaussian_pages(both, selector)
+        assert torch.equal(chosen[:1], gaussian_pages(alone, selector))
+        assert 0 < chosen[0].sum() < chosen[0].numel()
 
 
 def test_pages_of_equal_statistics_are_read_all_or_none():

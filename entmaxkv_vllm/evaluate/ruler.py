@@ -102,23 +102,18 @@ TASKS: dict[str, Callable[[random.Random], Document] | tuple[str, int]] = {
 """The evaluation's tasks: kind and number of facts of `needle_prompt`, or a maker of documents."""
 
 
-def ruler_tasks(name: str, tokens: int, count: int, seed: int) -> list[NeedleTask]:
-    """`count` held-out tasks of one name whose prompts have `tokens` tokens, the same for one seed.
+def ruler_task(rng: random.Random, name: str, characters: int) -> NeedleTask:
+    """A held-out task whose prompt has so many characters.
 
     Raises KeyError if there is no such task, ValueError if its facts do not fit.
     """
-    rng = random.Random(f"{seed} {name} {tokens}")
-    return [_task(rng, name, tokens) for _ in range(count)]
-
-
-def _task(rng: random.Random, name: str, tokens: int) -> NeedleTask:
     task = TASKS[name]
     if isinstance(task, tuple):
-        return needle_prompt(rng, tokens=tokens, keys=task[1], kind=task[0])
+        return needle_prompt(rng, tokens=characters + 1, keys=task[1], kind=task[0])
     make, questions = task(rng)
     question, answer = questions[0]
     rest = NeedleTask("", question, answer, answer)
-    return NeedleTask(make(tokens - 1 - len(rest.prompt)), question, answer, answer)
+    return NeedleTask(make(characters - len(rest.prompt)), question, answer, answer)
 
 
 def ruler_training_text(rng: random.Random, length: int) -> TrainingText:

@@ -1,0 +1,1 @@
+"""`entmaxkv evaluate`: what a model loses under selectors and budgets."""

@@ -1,0 +1,43 @@
+"""Selectors by name with their settings, as the command line takes them."""
+
+from collections.abc import Callable
+from functools import partial
+
+from entmaxkv_kernels import Adaptive, Exact, Gaussian, Selector, TopK
+from entmaxkv_kernels.selectors import CompiledSelector
+
+KINDS: dict[str, tuple[Callable[..., Selector], str]] = {
+    "exact": (Exact, ""),
+    "gaussian": (Gaussian, ""),
+    "gaussian-paper": (partial(Gaussian, shared_spread=True), ""),
+    "topk": (TopK, "token_budget"),
+    "adaptive": (Adaptive, "reach"),
+}
+"""What makes the selector of a name, and the setting that needs no name."""
+
+EXAMPLES = "exact, gaussian, gaussian-paper, topk:1024, adaptive:1.75 or adaptive:1.5,guard=0"
+
+
+def parse_selector(text: str) -> Selector:
+    """`NAME` or `NAME:SETTINGS`, such as `topk:1024` or `gaussian:quantile=0.9,safety=0.1`.
+
+    Settings are those of the classes in `entmaxkv_kernels`; that of a budget needs no name.
+
+    Raises ValueError for a name, a setting or a value that there is not.
+    """
+    name, _, rest = text.partition(":")
+    try:
+        make, first = KINDS[name]
+        settings = {}
+        for setting in filter(None, rest.split(",")):
+            key, equals, value = setting.rpartition("=")
+            settings[key if equals else first] = int(value) if value.isdigit() else float(value)
+        return make(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ValueError(f"selector is {text!r}{reason}; expected {EXAMPLES}") from error
+
+
+def implementation_for(selector: Selector, preferred: str) -> str:
+    """The preferred implementation, or the reference for a selector without compiled kernels."""
+    return preferred if isinstance(selector, CompiledSelector) else "reference"
