@@ -98,12 +98,14 @@ def radius_of(b_key, m_key, b_center, b_half):
 
 @triton.jit
 def write_page(
-    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
-    s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+    p_key, p_value, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
+    b_earlier, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
     s_statistics_page, s_statistics_head, key_scale, value_scale,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of the page of which token i_t is the last one, and its statistics.
+
+    b_earlier: [P], slots of that token and of those before it, backwards.
 
     New rows come from the tokens before it whose slots lead up to its own, older ones from the
     cache, so that no program reads what another one writes.
@@ -113,8 +115,9 @@ def write_page(
     last = slot % P
     back = last - o_r
     o_token = i_t - back
-    leads = tl.load(p_slot + o_token, mask=(back >= 0) & (o_token >= 0), other=-1) == slot - back
-    newest_old = tl.max(tl.where((back >= 0) & ~leads, o_r, -1), 0)
+    # The first of the tokens before this one whose slot does not lead up to its own.
+    m_other = (o_r <= last) & (b_earlier != slot - o_r)
+    newest_old = last - tl.min(tl.where(m_other, o_r, last + 1), 0)
     m_new = ((o_r > newest_old) & (back >= 0))[:, None] & m_d
 
     o_page = (slot // P) * s_page + i_h * s_head
@@ -122,13 +125,15 @@ def write_page(
     o_key = i_h * s_key_head + o_token[:, None] * s_key_token + o_d[None, :]
     o_value = i_h * s_value_head + o_token[:, None] * s_value_token + o_d[None, :]
     b_key = tl.load(p_key + o_key, mask=m_new, other=0.0)  # [P, DP]
+    b_value = tl.load(p_value + o_value, mask=m_new)
+    if STATISTICS > 0:
+        # Before anything is stored, which loads would wait for.
+        b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
     b_key = to_stored(b_key, key_scale, p_cache_key.dtype.element_ty)
     tl.store(p_cache_key + o_row, b_key, mask=m_new)
-    b_value = tl.load(p_value + o_value, mask=m_new)
     b_value = to_stored(b_value, value_scale, p_cache_value.dtype.element_ty)
     tl.store(p_cache_value + o_row, b_value, mask=m_new)
     if STATISTICS > 0:
-        b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
         b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
         statistics = (slot // P) * s_statistics_page + i_h * s_statistics_head
@@ -166,12 +171,14 @@ def append_kernel(
     i_h = tl.program_id(1).to(tl.int64)
     for i in range(TOKENS):
         i_t = tl.program_id(0).to(tl.int64) * TOKENS + i
+        o_t = i_t - tl.arange(0, P)
+        b_earlier = tl.load(p_slot + o_t, mask=(o_t >= 0) & (o_t < tokens), other=-1)
         slot = tl.load(p_slot + i_t, mask=i_t < tokens, other=-1)
         following = tl.load(p_slot + i_t + 1, mask=i_t + 1 < tokens, other=-1)
         if (slot >= 0) & ((slot % P == P - 1) | (following != slot + 1)):
             write_page(
-                p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, i_t,
-                i_h, slot, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
+                p_key, p_value, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
+                b_earlier, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
                 s_statistics_page, s_statistics_head, key_scale, value_scale, D, DP, P, STATISTICS,
             )  # fmt: skip
 
@@ -220,5 +227,5 @@ def append(
         TOKENS=block,
         CHAINED=chained,
         **({"launch_pdl": True} if chained else {}),
-        num_warps=max(4, cache.layout.page_size * padded // 1024),
+        num_warps=max(1 if block == 1 else 4, cache.layout.page_size * padded // 2048),
     )

@@ -137,7 +137,7 @@ def attend_kernel(
     P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr,
     PSP: tl.constexpr, BC: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
     the head size.
@@ -148,7 +148,7 @@ def attend_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    allow_next(CHAINED)
+    allow_next(CHAINED and FOLLOWED)
     await_previous(CHAINED)
     if i_d + i_hq == 0:
         if COUNT:

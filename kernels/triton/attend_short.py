@@ -13,6 +13,10 @@ from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
 from .scores import allow_next, await_previous, page_source, prefetch
 
+# How far below the largest score of a head its threshold lies, mostly at most: where twenty scores
+# and more have weight.
+LIKELY = tl.constexpr(-0.25)
+
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
 @triton.jit(do_not_specialize=["capacity"])
@@ -27,7 +31,7 @@ def attend_short_kernel(
     R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
@@ -43,7 +47,7 @@ def attend_short_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    allow_next(CHAINED)
+    allow_next(CHAINED and FOLLOWED)
     await_previous(CHAINED)
     if COUNT and i_d + i_hq == 0:
         count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
@@ -76,6 +80,11 @@ def attend_short_kernel(
     # exact near it, where the threshold may lie closer than the scores' own precision.
     peak = tl.where(peak > -float("inf"), peak, 0.0)
     b_z -= peak
+    p_value += i_h.to(tl.int64) * s_head
+    o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))
+    if i_d < DS:
+        # Likely ones come while the threshold is solved,
+        prefetch(p_value + o_value, b_z > LIKELY, CHAINED)
     tau = solve_held(b_z, -1.0, b, ORDER)
     if CERTIFY > 0 and i_d == DS:
         certify(
@@ -84,9 +93,7 @@ def attend_short_kernel(
             page_stride, s_certificate, P, PS, PSP, BC, 1, LISTED, CERTIFY, COUNT, ORDER, False,
         )  # fmt: skip
         return
-    p_value += i_h.to(tl.int64) * s_head
-    # Values come while their slots are packed.
-    o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))
+    # and all while slots are packed.
     prefetch(p_value + o_value, b_z > tau, CHAINED)
 
     p_near_score += (i_head * FP).to(tl.int64) * limit

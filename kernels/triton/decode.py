@@ -251,6 +251,10 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
     _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
     parts = (shape.value_parts, shape.query_heads, shape.batch)
+    # Beside many programs only fallback may start early: not what streams keys in the next step.
+    anywhere = guessed or shape.near < shape.most_near
+    left = {"FLAGGED": not anywhere, "FOLLOWED": anywhere or arguments["OVERFULL"]}
+    arguments = arguments | left
     warps = _attend_warps(shape)
     values = {
         "BC": shape.certificate_tile(warps),
@@ -283,8 +287,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
 
 def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
     """Attend where lists were too short, or a guess too high, if either can be."""
-    anywhere = arguments["GUESSED"] or shape.near < shape.most_near
-    if anywhere or arguments["OVERFULL"]:
+    if arguments["FOLLOWED"]:
         # Interpreted programs run one after the other, and cannot wait for each other.
         on_gpu = arguments["p_query"].is_cuda
         _chain(
@@ -292,7 +295,6 @@ def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
             (shape.processors if on_gpu else 1,),
             arguments,
             BN=max(32, shape.page_size),
-            FLAGGED=not anywhere,
             num_warps=8,
             **({"launch_cooperative_grid": True} if on_gpu else {}),
         )
