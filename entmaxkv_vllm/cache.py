@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from entmaxkv_kernels import Exact, Gaussian, PagedCache, PageLayout, Selector, TopK
+from entmaxkv_kernels import Adaptive, Exact, Gaussian, PagedCache, PageLayout, Selector, TopK
 from entmaxkv_vllm.config import GAUSSIAN, ConfigurationError, EntmaxKVConfig
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ def selector_of(config: EntmaxKVConfig) -> Selector:
         return Gaussian(shared_spread=config.selector == "gaussian-paper")
     if config.selector == "topk":
         return TopK(token_budget=config.token_budget)
-    return Exact()
+    if config.selector == "adaptive":
+        return Adaptive(margin=config.margin, guard=config.guard)
+    return Exact(prune=config.prune)
 
 
 def is_fp8(cache_dtype: str | None) -> bool:

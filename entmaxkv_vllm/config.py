@@ -12,11 +12,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.entmaxkv")
 
-SELECTORS = ("exact", "gaussian", "gaussian-paper", "topk")
+SELECTORS = ("exact", "gaussian", "gaussian-paper", "topk", "adaptive")
 GAUSSIAN = ("gaussian", "gaussian-paper")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 PAGE_SIZES = (16, 32, 64, 128)
 ALPHA_KEYS = ("entmax_alpha", "adasplash_alpha", "initial_alpha")
+SELECTORS_OF = {
+    "prune": ("exact",),
+    "token_budget": ("topk",),
+    "margin": ("adaptive",),
+    "guard": ("adaptive",),
+}
+"""Options that mean something to some selectors only."""
 SECTION = "entmaxkv"
 SMALLEST_ENTMAX_ALPHA = 1.01
 DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
@@ -47,21 +54,30 @@ class EntmaxKVConfig:
         selector: `exact` reads every page of keys; `gaussian` reads the pages whose keys can
             reach the estimated threshold (EntmaxKV, arXiv 2605.21649); `gaussian-paper` is the
             same with the paper's own margins, which the spread of all heads decides; `topk` reads
-            the best pages of `token_budget` (Quest, arXiv 2406.10774).
+            the best pages of `token_budget` (Quest, arXiv 2406.10774); `adaptive` reads the pages
+            that seem to reach the threshold of what it read first.
+        prune: whether `exact` leaves out pages that bounds prove to hold no weight.
         token_budget: tokens that `topk` reads per step and KV head, besides the last page.
+        margin: how high `adaptive` takes scores to reach in a page, as a multiple of how high they
+            do in those that it read first.
+        guard: share of the pages that `adaptive` reads for their bounds alone.
         page_size: tokens in a page; one vLLM block is a whole number of pages.
         dense_layers: indices of layers that always decode exactly.
         exact_below: contexts up to this many tokens always decode exactly.
         implementation: `triton` is compiled, for GPUs; `reference` is plain PyTorch, slow, without
             CUDA graphs; `auto` is `triton` on an NVIDIA GPU and `reference` elsewhere.
-        certificate: whether `topk` counts what its steps can prove of their own exactness.
+        certificate: whether `topk` and `adaptive` count what their steps can prove of their own
+            exactness.
         layer_metrics: whether /metrics tells the counters of each layer, too.
         sources: where each value came from, by field name.
     """
 
     alpha: float | tuple[float, ...]
     selector: str = "exact"
+    prune: bool = False
     token_budget: int = 2048
+    margin: float = 1.1
+    guard: float = 1 / 32
     page_size: int = 16
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
@@ -126,6 +142,9 @@ def resolve(
     config = EntmaxKVConfig(
         alpha=values["alpha"],
         selector=_choice("selector", values.get("selector", defaults["selector"]), SELECTORS),
+        prune=_flag("prune", values.get("prune", defaults["prune"])),
+        margin=_number("margin", values.get("margin", defaults["margin"])),
+        guard=_number("guard", values.get("guard", defaults["guard"])),
         token_budget=_integer("token_budget", values.get("token_budget", defaults["token_budget"])),
         page_size=_page_size(values.get("page_size", defaults["page_size"])),
         dense_layers=_layers(values.get("dense_layers", defaults["dense_layers"]), num_layers),
@@ -141,20 +160,22 @@ def resolve(
         ),
         sources=sources,
     )
-    if config.selector != "topk" and "token_budget" in options:
-        raise ConfigurationError(
-            "token_budget",
-            config.token_budget,
-            f"means nothing to selector {config.selector}",
-            "leave it out, or use selector topk",
-        )
-    if config.certificate and config.selector != "topk":
+    for name, selectors in SELECTORS_OF.items():
+        if name in options and config.selector not in selectors:
+            raise ConfigurationError(
+                name,
+                getattr(config, name),
+                f"means nothing to selector {config.selector}",
+                f"leave it out, or use selector {' or '.join(selectors)}",
+            )
+    if config.certificate and config.selector not in ("topk", "adaptive"):
         raise ConfigurationError(
             "certificate",
             True,
             f"needs bounds of what is not read, which selector {config.selector} does not keep",
-            "leave it out, or use selector topk",
+            "leave it out, or use selector topk or adaptive",
         )
+    _check_adaptive(config)
     if config.token_budget < config.page_size:
         raise ConfigurationError(
             "token_budget",
@@ -163,14 +184,31 @@ def resolve(
             f"give at least {config.page_size}",
         )
     alphas = config.alpha if isinstance(config.alpha, tuple) else (config.alpha,)
-    if config.selector in GAUSSIAN and 1.0 in alphas:
+    if config.selector in (*GAUSSIAN, "adaptive") and 1.0 in alphas:
         raise ConfigurationError(
             "selector",
             config.selector,
-            "estimates an entmax threshold, which softmax (alpha 1) does not have",
+            "goes by an entmax threshold, which softmax (alpha 1) does not have",
             "use selector exact or topk",
         )
+    if config.prune and 1.0 in alphas:
+        raise ConfigurationError(
+            "prune", True, "finds nothing: softmax (alpha 1) weighs every token", "leave it out"
+        )
     return config
+
+
+def _check_adaptive(config: EntmaxKVConfig) -> None:
+    from entmaxkv_kernels import Adaptive
+
+    try:
+        Adaptive(margin=config.margin, guard=config.guard)
+    except ValueError as error:
+        name = str(error).split()[0]
+        expected = str(error).partition("; expected ")[2]
+        raise ConfigurationError(
+            name, getattr(config, name), "is not usable", f"give {expected}"
+        ) from error
 
 
 def _section(additional: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -281,6 +319,12 @@ def _integer(setting: str, value: Any) -> int:
             setting, value, "is not a number of tokens", "give an integer of at least 0"
         )
     return value
+
+
+def _number(setting: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(setting, value, "is not a number", "give a number")
+    return float(value)
 
 
 def _page_size(value: Any) -> int:

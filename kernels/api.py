@@ -24,7 +24,6 @@ from .validation import (
     check_append,
     check_attention,
     check_compiled,
-    check_compiled_selector,
     check_decode,
     check_query_start_loc,
     check_scales,
@@ -208,8 +207,8 @@ def decode(
     block_table, seq_lens, scale, alpha, alibi_slopes, key_scale, value_scale: as in `prefill`; a
         sequence of length 0 is padding and gives zeros. The gaussian and adaptive selectors need
         every alpha above 1.
-    selector: Exact(), Gaussian(...), TopK(...) or, for the reference, Adaptive(...); the cache has
-        to hold the statistics it reads.
+    selector: Exact(), Gaussian(...), TopK(...) or Adaptive(...); the cache has to hold the
+        statistics it reads.
     sliding_window: as in `prefill`; every page inside the window is read, whatever the selector.
     exact_rows: [B] bool, sequences to decode exactly.
     exact_below: sequences of at most this many tokens are decoded exactly.
@@ -233,8 +232,6 @@ def decode(
     alphas = check_alpha(alpha, query.shape[1])
     check_decode(query, cache, seq_lens, alphas, selector, exact_rows, counters, certificate)
     check_scales(cache, key_scale, value_scale)
-    if implementation == "triton":
-        check_compiled_selector(selector)
     compute = _load(
         implementation,
         cache,

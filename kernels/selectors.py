@@ -10,13 +10,33 @@ from typing import ClassVar
 
 from .pages import BOX
 
+GUARDS = tuple(0.5**k for k in range(11))
+"""Shares of the pages that `Adaptive` can read as a guard."""
+
 
 @dataclass(frozen=True)
 class Exact:
-    """Every page: the entmax output, to rounding."""
+    """Every page that can hold weight: the entmax output, to rounding.
 
-    name: ClassVar[str] = "exact"
-    statistics: ClassVar[tuple[str, ...]] = ()
+    prune: leave out pages that cannot, by the boxes around their keys: where no key of a page can
+        score above the threshold of keys that were read first. Only for entmax. All pages are read
+        where the boxes say too little.
+    first_pages: with prune, pages that each query head has read first, as for `Adaptive`.
+    """
+
+    prune: bool = False
+    first_pages: int = 16
+
+    def __post_init__(self) -> None:
+        _check_first_pages(self.first_pages)
+
+    @property
+    def name(self) -> str:
+        return "pruned" if self.prune else "exact"
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return BOX if self.prune else ()
 
 
 @dataclass(frozen=True)
@@ -87,20 +107,25 @@ class TopK:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """The pages that can reach a threshold of true scores; for entmax, by the reference alone.
+    """The pages that can reach a threshold of true scores; for entmax.
 
-    The pages that seem best are read first. Of the others those are read that seem to reach above
-    the threshold of what was read, a lower bound of the threshold of all keys that rises with each
-    round of reading, until there is none. The budget follows from the scores.
+    Each query head has some pages that seem good read first. The threshold of their scores is a
+    lower bound of that of all keys, and of the other pages those are read that seem to reach above
+    it for any head of the group. So the budget follows from the scores.
 
-    reach: how high the scores of a page are taken to reach above its center, in half-widths of its
-        box in the Euclidean norm. More reads more and drops less.
-    first_pages: pages that are read first; a later round reads at most as many as were read.
-    guard: share of the pages that are read first, too, as those with the highest bounds. An
-        isolated key that the estimate misses is likely to be in one of them.
+    margin: how high the scores of a page are taken to reach above its center, as a multiple of how
+        high they do in one of the head's first pages at most; both in half-widths of the box, in
+        the Euclidean norm. More reads more and drops less.
+    reach: if given, that many half-widths instead, for every head.
+    first_pages: pages that each query head has read first, the last page among them, 2 to 64; of
+        long sequences it has more, one in 128.
+    guard: share of the pages that are read whatever their reach: of so many neighbours the one
+        with the highest bound, which an isolated key that the estimate misses is likely to be in.
+        0, or one half to a power of at most 10.
     """
 
-    reach: float = 1.75
+    margin: float = 1.1
+    reach: float | None = None
     first_pages: int = 16
     guard: float = 1 / 32
 
@@ -108,15 +133,30 @@ class Adaptive:
     statistics: ClassVar[tuple[str, ...]] = BOX
 
     def __post_init__(self) -> None:
-        if not 0 < self.reach < math.inf:
-            raise ValueError(f"reach is {self.reach}; expected a finite number above 0")
-        if self.first_pages < 1:
-            raise ValueError(f"first_pages is {self.first_pages}; expected at least 1")
-        if not 0 <= self.guard <= 1:
-            raise ValueError(f"guard is {self.guard}; expected within [0, 1]")
+        for field in ("margin", "reach"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} is {value}; expected a finite number above 0")
+        _check_first_pages(self.first_pages)
+        if self.guard != 0 and self.guard not in GUARDS:
+            raise ValueError(f"guard is {self.guard}; expected 0, 1, 1/2, 1/4, ... or 1/1024")
+
+    @property
+    def neighbours(self) -> int:
+        """Of how many pages one is read whatever its reach, 0 for none."""
+        return round(1 / self.guard) if self.guard else 0
 
 
-CompiledSelector = Exact | Gaussian | TopK
-"""Those that there are compiled kernels for."""
+Selector = Exact | Gaussian | TopK | Adaptive
 
-Selector = CompiledSelector | Adaptive
+
+def _check_first_pages(first_pages: int) -> None:
+    if not 2 <= first_pages <= 64:
+        raise ValueError(f"first_pages is {first_pages}; expected 2 to 64")
+
+
+def needs_entmax(selector: Selector) -> bool:
+    """Whether it goes by an entmax threshold, which softmax (alpha 1) does not have."""
+    if isinstance(selector, Exact):
+        return selector.prune
+    return isinstance(selector, Gaussian | Adaptive)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .pages import FP8, PagedCache
 from .report import Counter
-from .selectors import Adaptive, Gaussian, Selector
+from .selectors import Selector, needs_entmax
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8_INPUTS = (torch.float16, torch.bfloat16, torch.float32)
@@ -172,7 +172,7 @@ def check_decode(
         cache.layout.statistics,
         f"{selector.statistics}, which the {selector.name} selector reads",
     )
-    if isinstance(selector, Gaussian | Adaptive):
+    if needs_entmax(selector):
         _require(
             1.0 not in alphas,
             "alpha",
@@ -217,14 +217,6 @@ def check_compiled(cache: PagedCache) -> None:
         "on the CPU",
         "on a GPU for implementation 'triton'",
     )
-
-
-def check_compiled_selector(selector: Selector) -> None:
-    if isinstance(selector, Adaptive):
-        raise ValueError(
-            f"selector is {selector!r}, which has no compiled kernels; expected an Exact, Gaussian "
-            "or TopK for implementation 'triton', or implementation 'reference'"
-        )
 
 
 def check_workspace(workspace: Tensor, query: Tensor) -> None:

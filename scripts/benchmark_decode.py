@@ -96,8 +96,8 @@ def measure(
 
 def selectors_for(name: str, context: int, share: float) -> dict[str, Selector]:
     """The selectors that are timed on the same pages, by kernel."""
-    if name == "gaussian":
-        return {"gaussian": selector_of("gaussian", context, share, PAGE_SIZE)}
+    if name != "topk":
+        return {name: selector_of(name, context, share, PAGE_SIZE)}
     return {"exact": Exact(), "sparse": selector_of("topk", context, share, PAGE_SIZE)}
 
 
@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--support", type=float, default=0.005, help="share of tokens with weight")
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--data", choices=("random", "clustered"), default="random")
-    parser.add_argument("--sparse", choices=("topk", "gaussian"), default="topk")
+    sparse = ("topk", "gaussian", "adaptive", "pruned")
+    parser.add_argument("--sparse", choices=sparse, default="topk")
     parser.add_argument(
         "--certificate", action="store_true", help="time top-k with a certificate, too"
     )

@@ -2,6 +2,8 @@
 
 import pytest
 
+from entmaxkv_kernels import Adaptive, Exact
+from entmaxkv_vllm.cache import page_layout, selector_of
 from entmaxkv_vllm.config import ConfigurationError, resolve
 
 
@@ -50,6 +52,14 @@ def test_additional_config_wins_over_the_checkpoint():
     assert (config.alpha, config.selector, config.token_budget) == (2.0, "topk", 512)
     assert (config.page_size, config.dense_layers) == (32, (0, 1))
     assert config.sources["alpha"] == "--additional-config"
+
+
+def test_pages_hold_the_statistics_that_the_selector_reads():
+    adaptive = settle(selector="adaptive", margin=1.25, guard=0, certificate=True)
+    assert selector_of(adaptive) == Adaptive(margin=1.25, guard=0)
+    assert selector_of(settle(prune=True)) == Exact(prune=True)
+    assert page_layout(settle(prune=True), 64).boxed and page_layout(adaptive, 64).boxed
+    assert page_layout(settle(), 64).statistics == ()
 
 
 @pytest.mark.parametrize("value", [1, "true", None])
@@ -119,6 +129,36 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
             r"certificate=True needs bounds .* selector exact .*use selector topk",
             id="certificate-without-topk",
         ),
+        pytest.param(
+            {"prune": True, "selector": "topk"},
+            r"prune=True means nothing to selector topk; leave it out, or use selector exact",
+            id="prune-without-exact",
+        ),
+        pytest.param({"prune": "yes"}, r"prune='yes' is not a boolean", id="prune-yes"),
+        pytest.param(
+            {"prune": True, "alpha": [1.5, 1.5, 1.0, 1.5]},
+            r"prune=True finds nothing: softmax",
+            id="prune-softmax",
+        ),
+        pytest.param(
+            {"margin": 1.0}, r"margin=1.0 means nothing to selector exact", id="margin-of-exact"
+        ),
+        pytest.param(
+            {"selector": "adaptive", "margin": 0},
+            r"margin=0.0 is not usable; give a finite number above 0",
+            id="margin-0",
+        ),
+        pytest.param(
+            {"selector": "adaptive", "guard": 0.3},
+            r"guard=0.3 is not usable; give 0, 1, 1/2",
+            id="guard-no-power-of-two",
+        ),
+        pytest.param(
+            {"selector": "adaptive", "guard": "all"}, r"guard='all' is not a number", id="guard-all"
+        ),
+        pytest.param(
+            {"selector": "adaptive", "alpha": 1.0}, r"softmax \(alpha 1\)", id="adaptive-softmax"
+        ),
         pytest.param({"page_size": 16.0}, r"page_size=16.0 is not usable", id="page-size-a-float"),
         pytest.param({"alpha": 1.001}, r"too close to 1", id="alpha-hardly-above-1"),
         pytest.param(
@@ -132,7 +172,7 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
         ),
         pytest.param(
             {"selector": "gaussian-paper", "alpha": [1.5, 1.5, 1.0, 1.5]},
-            r"selector='gaussian-paper' estimates .*softmax \(alpha 1\)",
+            r"selector='gaussian-paper' goes by .*softmax \(alpha 1\)",
             id="gaussian-paper-softmax",
         ),
     ],

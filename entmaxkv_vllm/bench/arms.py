@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from entmaxkv_kernels import (
+    Adaptive,
     Counter,
     Exact,
     Gaussian,
@@ -27,7 +28,9 @@ def selector_of(name: str, tokens: int, share: float, page_size: int) -> Selecto
         return TopK(token_budget=max(page_size, int(share * tokens)))
     if name in GAUSSIAN:
         return Gaussian(shared_spread=name == "gaussian-paper")
-    return Exact()
+    if name == "adaptive":
+        return Adaptive()
+    return Exact(prune=name == "pruned")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from entmaxkv_kernels import Exact, Selector, analyze_decode, decode
 from entmaxkv_vllm.evaluate.checkpoint import Checkpoint
 from entmaxkv_vllm.evaluate.paged_model import PagedModel, Recorded
-from entmaxkv_vllm.evaluate.selectors import implementation_for, parse_selector
+from entmaxkv_vllm.evaluate.selectors import parse_selector
 from entmaxkv_vllm.evaluate.summary import place_summaries
 
 LAST_POSITIONS = 64
@@ -43,7 +43,7 @@ def measure_selector(
     shared = rows, cache, table, seq_lens
     settings: dict[str, Any] = {"scale": recorded.scale, "alpha": paged.alpha}
     report = analyze_decode(*shared, selector=selector, **settings)
-    serves = implementation_for(selector, paged.implementation)
+    serves = paged.implementation
     served = decode(*shared, selector=selector, implementation=serves, **settings)
     exact = decode(*shared, selector=Exact(), implementation=serves, **settings)
     norm = exact.float().norm(dim=-1).clamp_min(1e-30)

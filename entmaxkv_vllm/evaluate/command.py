@@ -12,8 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from entmaxkv_kernels import Gaussian
-from entmaxkv_kernels.selectors import Adaptive
+from entmaxkv_kernels.selectors import needs_entmax
 from entmaxkv_vllm.bench.provenance import about
 from entmaxkv_vllm.config import ConfigurationError
 from entmaxkv_vllm.evaluate.attention import attention_rows
@@ -105,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
 def _check_selectors(names: list[str], alpha: float | tuple[float, ...]) -> None:
     softmax = 1.0 in (alpha if isinstance(alpha, tuple) else (alpha,))
     for name in names:
-        if isinstance(parse_selector(name), Gaussian | Adaptive) and softmax:
+        if needs_entmax(parse_selector(name)) and softmax:
             raise EvaluationError(
                 f"selector {name!r} needs an entmax threshold, which softmax (alpha 1) does not "
                 "have; give exact or topk"

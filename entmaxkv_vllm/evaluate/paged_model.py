@@ -26,7 +26,6 @@ from entmaxkv_kernels import (
 )
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_vllm.evaluate.errors import EvaluationError
-from entmaxkv_vllm.evaluate.selectors import implementation_for
 
 PREFILL_TOKENS = 131072
 """Tokens that are prefilled at once."""
@@ -139,7 +138,7 @@ def _decode_each(query: Tensor, cache: PagedCache, paged: Step, scale: float) ->
                 alpha=paged.alpha,
                 selector=paged.selector,
                 counters=paged.counters,
-                implementation=implementation_for(paged.selector, paged.implementation),
+                implementation=paged.implementation,
             )
             for some, row, lens in steps
         ]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 from entmaxkv_kernels import Adaptive, Exact, Gaussian, Selector, TopK
-from entmaxkv_kernels.selectors import CompiledSelector
 
 KINDS: dict[str, tuple[Callable[..., Selector], str]] = {
     "exact": (Exact, ""),
@@ -12,10 +11,14 @@ KINDS: dict[str, tuple[Callable[..., Selector], str]] = {
     "gaussian-paper": (partial(Gaussian, shared_spread=True), ""),
     "topk": (TopK, "token_budget"),
     "adaptive": (Adaptive, "reach"),
+    "pruned": (partial(Exact, prune=True), ""),
 }
 """What makes the selector of a name, and the setting that needs no name."""
 
-EXAMPLES = "exact, gaussian, gaussian-paper, topk:1024, adaptive:1.75 or adaptive:1.5,guard=0"
+EXAMPLES = (
+    "exact, pruned, gaussian, gaussian-paper, topk:1024, adaptive, adaptive:1.75 or "
+    "adaptive:margin=1,guard=0"
+)
 
 
 def parse_selector(text: str) -> Selector:
@@ -36,8 +39,3 @@ def parse_selector(text: str) -> Selector:
     except (KeyError, TypeError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise ValueError(f"selector is {text!r}{reason}; expected {EXAMPLES}") from error
-
-
-def implementation_for(selector: Selector, preferred: str) -> str:
-    """The preferred implementation, or the reference for a selector without compiled kernels."""
-    return preferred if isinstance(selector, CompiledSelector) else "reference"

@@ -1,27 +1,43 @@
-"""Pages that can reach the threshold of what was read, read until there is none.
+"""Pages that can reach the threshold of what was read first.
 
-tau of any part of the keys is a lower bound of tau of all. So the pages that seem best are read
-first, and their true scores give such a bound; then, best first and at most as many as were read
-already, the pages that seem to reach above it, which raises it; and so on. How high the scores of a
-page reach is estimated from its box: center.q + reach * sqrt(sum (q_d half_width_d) ** 2).
+tau of any part of the keys is a lower bound of tau of all. So each query head has some pages that
+seem good read first, and the threshold of their true scores is such a bound; the others are read
+where they seem to reach above it. How high the scores of a page reach is estimated from its box:
+center.q + reach * sqrt(sum (q_d half_width_d) ** 2), where the first pages show what reach the
+head's keys have: a little more than the furthest of it is taken.
 
-Such an estimate does not show a single key that suits the query in all channels at once. It cannot
-score above its page's bound, so a share of the pages, those with the highest bounds, is read first,
-too.
+First pages are the last one and, of the pages whose numbers leave the same remainder, the best one:
+most of the best pages are among them, and nobody has to rank all pages for it. Of long sequences
+more are read: the support is larger there, and a few of its tokens have a lower threshold.
+
+An estimate does not show a single key that suits the query in all channels at once. It cannot score
+above its page's bound, so of so many neighbouring pages the one whose bound lies highest above the
+threshold is read, too. With bounds in place of all estimates only pages without weight are left
+out: so prunes exact decoding.
 """
 
 import torch
 from torch import Tensor
 
 from ..pages import PagedCache
-from ..selectors import Adaptive
+from ..selectors import Adaptive, Exact
 from .candidates import Candidates
+from .certificate import THRESHOLD_ROUNDING
 from .entmax import solve_entmax
-from .quest import choose_pages, page_reaches, quest_bounds
-from .scores import scale_to_scores
+from .quest import _scaled as scaled_queries
+from .quest import _spreads as page_spreads
+from .quest import page_reaches, radius_bounds, sound_bounds
 
-CHUNK_ELEMENTS = 1 << 22
-"""Key elements gathered at a time."""
+FIRST_SHARE = 128
+"""Of a long sequence one page in so many is read first by each query head."""
+
+MOST_FIRST_TOKENS = 2048
+"""No more than so many tokens are, but for the pages that are always read first."""
+
+
+def most_first(first_pages: int, page_size: int) -> int:
+    """Pages that a query head has read first at most, the last page among them."""
+    return max(first_pages, MOST_FIRST_TOKENS // page_size)
 
 
 def adaptive_pages(
@@ -31,61 +47,105 @@ def adaptive_pages(
 
     ids: [B, P] physical pages, of the last page, too.
     """
-    ranked = candidates.ranked[:, None]
-    reaches = page_reaches(candidates, selector.reach)  # [B, kv_heads, group, P]
-    scores = _Scores(candidates, cache, ids)
-    last = candidates.ranked.sum(-1)
-    scores.read(torch.nn.functional.one_hot(last, ids.shape[1]).bool()[:, None])
-    read = choose_pages(page_reaches(candidates), candidates.ranked, selector.first_pages)
-    guards = (last * selector.guard).long()[:, None, None]
-    read = read | choose_pages(quest_bounds(candidates), candidates.ranked, guards)
-    new = read
-    while new.any():
-        scores.read(new)
-        above = (reaches - scores.threshold()[..., None]).amax(2)
-        above = above.masked_fill(read | ~ranked, -torch.inf)
-        room = read.sum(-1, keepdim=True)
-        place = above.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        new = (above > 0) & (place < room)
-        read = read | new
-    return read
+    first = choose_first(candidates, selector.first_pages)
+    scores = read_first(candidates, first, cache, ids)
+    lowest = lower_threshold(candidates, scores)[..., None]
+    reach: float | Tensor = selector.margin * furthest(candidates, first, scores)[..., None]
+    if selector.reach is not None:
+        reach = selector.reach
+    wanted = ~(page_reaches(candidates, reach) <= lowest)
+    chosen = wanted.any(2).scatter(-1, first.flatten(2), True)
+    if selector.guard:
+        chosen |= _guards(candidates, radius_bounds(candidates) - lowest, selector.neighbours)
+    return chosen & candidates.ranked[:, None]
 
 
-class _Scores:
-    """Scores z of the pages that were read so far."""
+def possible_pages(
+    candidates: Candidates, selector: Exact, cache: PagedCache, ids: Tensor
+) -> Tensor:
+    """Pages [B, kv_heads, P] bool that can hold weight for any query head of the group, and those
+    that were read first to know; arguments as for `adaptive_pages`.
 
-    def __init__(self, candidates: Candidates, cache: PagedCache, ids: Tensor) -> None:
-        query, slopes = scale_to_scores(
-            candidates.query.flatten(1, 2),
-            candidates.scale,
-            candidates.alpha,
-            candidates.alibi_slopes,
-        )
-        heads = candidates.query.shape[:3]
-        self.query = query.view(candidates.query.shape)
-        self.slopes = None if slopes is None else slopes.view(heads[1:])
-        self.alpha = candidates.alpha
-        if isinstance(self.alpha, Tensor):
-            self.alpha = self.alpha.view(heads[1:]).expand(heads)
-        self.cache, self.ids, self.seq_lens = cache, ids, candidates.seq_lens
-        shape = (heads[0], heads[1], ids.shape[1], heads[2], candidates.page_size)
-        self.values = query.new_full(shape, -torch.inf)
+    A page whose scores cannot exceed a lower bound of tau has none.
+    """
+    first = choose_first(candidates, selector.first_pages)
+    lowest = lower_threshold(candidates, read_first(candidates, first, cache, ids))[..., None]
+    lowest -= THRESHOLD_ROUNDING * torch.finfo(lowest.dtype).eps * (1 + lowest.abs())
+    possible = ~(sound_bounds(candidates) <= lowest)
+    return possible.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
 
-    def read(self, pages: Tensor) -> None:
-        """Compute the scores of pages [B, kv_heads or 1, P] bool."""
-        chosen = pages.expand(self.values.shape[:3]).nonzero()
-        for place in chosen.split(max(1, CHUNK_ELEMENTS // self.cache.key[0, 0].numel())):
-            sequence, head, page = place.unbind(1)
-            keys = self.cache.key[self.ids[sequence, page], head].to(self.query.dtype)
-            scores = self.query[sequence, head] @ keys.mT  # [pages, group, page_size]
-            offset = torch.arange(keys.shape[1], device=keys.device)
-            relative = page[:, None] * keys.shape[1] + offset - (self.seq_lens[sequence, None] - 1)
-            relative = relative[:, None]
-            if self.slopes is not None:
-                scores = scores + self.slopes[head][..., None] * relative
-            self.values[sequence, head, page] = scores.masked_fill(relative > 0, -torch.inf)
 
-    def threshold(self) -> Tensor:
-        """tau [B, kv_heads, group] of all scores that were read."""
-        scores = self.values.transpose(2, 3).flatten(3)
-        return solve_entmax(scores.clone(), self.alpha)[1]
+def choose_first(candidates: Candidates, first_pages: int) -> Tensor:
+    """The pages [B, kv_heads, group, classes] that reach highest of those whose numbers leave each
+    remainder; the last page where there is none. Ties go to the earlier one."""
+    reaches = _ranked(candidates, page_reaches(candidates))
+    pages = candidates.ranked.sum(-1)[:, None]
+    least, most = first_pages - 1, most_first(first_pages, candidates.page_size) - 1
+    classes = (pages // FIRST_SHARE - 1).clamp(least, most)
+    page = torch.arange(reaches.shape[-1], device=reaches.device)
+    place = (page % classes)[:, None, None].expand_as(reaches)
+    highest = reaches.new_full((*reaches.shape[:3], int(classes.max())), -torch.inf)
+    highest = highest.scatter_reduce(-1, place, reaches, "amax")
+    best = (reaches == highest.gather(-1, place)) & (reaches > -torch.inf)
+    last = pages[..., None, None]
+    page = torch.where(best, page, last)
+    return last.expand_as(highest).scatter_reduce(-1, place, page, "amin")
+
+
+def read_first(candidates: Candidates, first: Tensor, cache: PagedCache, ids: Tensor) -> Tensor:
+    """Scores z [B, kv_heads, group, classes + 1, page_size] of each query head in the pages that it
+    has read first, [B, kv_heads, group, classes], and in the last page; -inf for none."""
+    query, slopes = scaled_queries(candidates)
+    last = candidates.ranked.sum(-1)[:, None, None, None]
+    page = torch.cat((first, last.expand_as(first[..., :1])), -1)
+    missing = torch.nn.functional.pad(first == last, (0, 1))
+    sequence = torch.arange(len(page), device=page.device)[:, None, None, None]
+    head = torch.arange(page.shape[1], device=page.device)[:, None, None]
+    keys = cache.key[ids[sequence, page], head].to(query.dtype)
+    scores = (keys @ query[..., None, :, None])[..., 0]
+    offset = torch.arange(candidates.page_size, device=page.device)
+    position = page[..., None] * candidates.page_size + offset
+    relative = position - (candidates.seq_lens[:, None, None, None, None] - 1)
+    if slopes is not None:
+        scores = scores + slopes[..., None] * relative
+    return scores.masked_fill((relative > 0) | missing[..., None], -torch.inf)
+
+
+def lower_threshold(candidates: Candidates, scores: Tensor) -> Tensor:
+    """tau [B, kv_heads, group] of what `read_first` gives."""
+    alpha = candidates.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.view(scores.shape[1:3]).expand(scores.shape[:3])
+    # The solver overwrites what it is given.
+    return solve_entmax(scores.flatten(3).clone(), alpha)[1]
+
+
+def furthest(candidates: Candidates, first: Tensor, scores: Tensor) -> Tensor:
+    """How far the scores of each head's first pages, but for the last page, reach above their
+    centers at most, [B, kv_heads, group], in half-widths in the Euclidean norm.
+
+    Where half-widths are nothing, so is what rounding makes of it.
+    """
+    center, spread = page_reaches(candidates, 0.0), page_spreads(candidates)
+    center, spread = (x.gather(-1, first) for x in (center, spread))
+    height = scores[..., :-1, :].nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(-1)
+    ratio = (height - center) / spread
+    ratio = ratio.masked_fill(ratio.isnan(), 0)
+    return ratio.amax(-1).clamp(0, candidates.query.shape[-1] ** 0.5)
+
+
+def _guards(candidates: Candidates, above: Tensor, neighbours: int) -> Tensor:
+    """Of so many neighbouring pages the one that lies highest above [B, kv_heads, group, P] for any
+    head, [B, kv_heads, P] bool."""
+    height = _ranked(candidates, above).amax(2)
+    pages = height.shape[-1]
+    height = torch.nn.functional.pad(height, (0, -pages % neighbours), value=-torch.inf)
+    highest, place = height.unflatten(-1, (-1, neighbours)).max(-1, keepdim=True)
+    guards = torch.zeros_like(height, dtype=torch.bool).unflatten(-1, (-1, neighbours))
+    return guards.scatter(-1, place, highest > -torch.inf).flatten(-2)[..., :pages]
+
+
+def _ranked(candidates: Candidates, heights: Tensor) -> Tensor:
+    """Heights [B, kv_heads, group, P], -inf of pages that are not ranked or have no number."""
+    hidden = ~candidates.ranked[:, None, None] | heights.isnan()
+    return heights.masked_fill(hidden, -torch.inf)

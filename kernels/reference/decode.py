@@ -65,8 +65,9 @@ def decode(
     if certificate is not None:
         # Where nothing bounds what was left out, the certificate says whether anything was.
         unread = selection.held[:, None] & ~selection.selected
+        proved = isinstance(selector, Exact)
         grouped_certificate = certificate.unflatten(1, (cache.key.shape[1], -1))
-        grouped_certificate.copy_(unread.any(-1)[..., None])
+        grouped_certificate.copy_((unread & (not proved)).any(-1)[..., None])
     support = torch.zeros((), dtype=torch.int64, device=query.device)
     grouped_out = out.unflatten(1, (cache.key.shape[1], -1)).zero_()
     for rows in attend_pages(

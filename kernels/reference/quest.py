@@ -29,12 +29,13 @@ def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
 
 
-def page_reaches(candidates: Candidates, widths: float = 1.0) -> Tensor:
+def page_reaches(candidates: Candidates, widths: float | Tensor = 1.0) -> Tensor:
     """How high the scores z of each page reach, [B, kv_heads, group, P], for their ranking.
 
     ALiBi counts at the page's most favourable position.
 
-    widths: half-widths above the center that count, in the Euclidean norm.
+    widths: half-widths above the center that count, in the Euclidean norm; one number, or one for
+        each head, [B, kv_heads, group, 1].
     """
     query, slopes = _scaled(candidates)
     center = query @ candidates.statistics[0].mT

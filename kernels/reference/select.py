@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..selectors import Adaptive, Exact, Gaussian, Selector
-from .adaptive import adaptive_pages
+from .adaptive import adaptive_pages, possible_pages
 from .candidates import Candidates
 from .gaussian import gaussian_pages
 from .quest import quest_pages, sound_bounds
@@ -57,7 +57,7 @@ def select_pages(
     if sliding_window is not None:
         held &= page >= (seq_lens[:, None] - sliding_window).clamp_min(0) // page_size
     selected = held[:, None].repeat(1, kv_heads, 1)
-    if isinstance(selector, Exact) or sliding_window is not None:
+    if not selector.statistics or sliding_window is not None:
         return Selection(held, selected, torch.zeros_like(seq_lens, dtype=torch.bool))
     sparse = (seq_lens > exact_below) & (page_count > 1)
     if exact_rows is not None:
@@ -93,6 +93,8 @@ def select_pages(
             chosen = gaussian_pages(candidates, selector)
         elif isinstance(selector, Adaptive):
             chosen = adaptive_pages(candidates, selector, cache, ids)
+        elif isinstance(selector, Exact):
+            chosen = possible_pages(candidates, selector, cache, ids)
         else:
             chosen = quest_pages(candidates, selector)
         if bounds is not None:

@@ -16,8 +16,9 @@ TAU_ROUNDING = tl.constexpr(THRESHOLD_ROUNDING * 2.0**-23)
 TINY = tl.constexpr(LEAST_BOUND)
 
 # What CERTIFY says: nothing is asked for; how many pages are unread is all that is known of them;
-# their scores are bounded.
+# their scores are bounded; they hold no weight.
 BOUNDED = tl.constexpr(2)
+PROVED = tl.constexpr(3)
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def certify(
     C programs share a head's pages; the last one to have its part adds them up, in their order.
     """
     unread = tl.full([], 0, tl.int32)
-    if LISTED:
+    if LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
     if CERTIFY == BOUNDED and unread > 0:
         mass, possible = sum_unread(

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
-from ..selectors import CompiledSelector, Exact, Gaussian, Selector, TopK
+from ..selectors import Adaptive, Exact, Selector, TopK
+from .adaptive import first_kernel, wanted_kernel
 from .attend import attend_kernel
 from .attend_short import attend_short_kernel
-from .certificate import BOUNDED
+from .certificate import BOUNDED, PROVED
 from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
 from .filter import filter_kernel
@@ -20,11 +21,19 @@ from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
-from .workspace import Shape, budget_of, can_chain, power_of_two, processors
+from .workspace import (
+    Shape,
+    budget_of,
+    can_chain,
+    first_pages_of,
+    power_of_two,
+    processors,
+)
 
 NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
         *("p_listed", "p_listed_count", "p_reach", "p_page_extreme"),
+        *("p_spread", "p_page_sample", "p_member_count"),
         *("budget", "BL", "PS", "PSP"),
     )
 )
@@ -44,7 +53,7 @@ def decode(
     *,
     scale: float,
     alpha: float | Tensor,
-    selector: CompiledSelector,
+    selector: Selector,
     alibi_slopes: Tensor | None,
     sliding_window: int | None,
     exact_rows: Tensor | None,
@@ -135,7 +144,7 @@ def decode(
         "ALIBI": alibi_slopes is not None,
         "EXACT_ROWS": exact_rows is not None,
         "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
-        "CERTIFY": (BOUNDED.value if shape.certified else 1) if certified else 0,
+        "CERTIFY": _certify(selector, shape) if certified else 0,
         "BC": shape.certificate_tile(4),
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
@@ -147,7 +156,7 @@ def decode(
     alone = not softmax and not arguments["GUESSED"]
     choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
     arguments = NO_CHOICE | NO_BOUNDS | arguments | {"CHOOSING": choosing}
-    if not isinstance(selector, Exact):
+    if shape.listed:
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)
         arguments["early"] = 0
@@ -179,11 +188,19 @@ def step_shape(
         processors(query.device),
         selector.name,
         budget_of(selector, page_size, exact_below),
-        certified and isinstance(selector, TopK),
+        certified and isinstance(selector, TopK | Adaptive),
+        first_pages_of(selector, block_table.shape[1], page_size),
     )
 
 
-def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
+def _certify(selector: Selector, shape: Shape) -> int:
+    """What the kernels are told of unread pages for a certificate."""
+    if isinstance(selector, Exact):
+        return PROVED.value
+    return BOUNDED.value if shape.certified else 1
+
+
+def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
     """How the ranking of the pages is divided."""
     return {
         "budget": selector.token_budget // shape.page_size if isinstance(selector, TopK) else 0,
@@ -196,11 +213,13 @@ def _ranking(shape: Shape, selector: Gaussian | TopK) -> dict[str, Any]:
         "NT": power_of_two(shape.list_tiles),
         "LONG": shape.long_rows,
         "STEP": shape.page_step,
+        "SPREAD": shape.first_pages > 0,
+        "ROUNDED": shape.certified or isinstance(selector, Exact),
     }
 
 
 def _list_pages(
-    shape: Shape, cache: PagedCache, selector: Gaussian | TopK, arguments: dict[str, Any]
+    shape: Shape, cache: PagedCache, selector: Selector, arguments: dict[str, Any]
 ) -> None:
     """Choose the pages of every row and list them."""
     arguments = arguments | {
@@ -219,6 +238,10 @@ def _list_pages(
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
         elif not arguments["CHOOSING"]:
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
+    elif isinstance(selector, Adaptive | Exact):
+        bounded = {"CERTIFY": BOUNDED.value if shape.certified else 0}
+        _chain(box_kernel, rows, arguments | bounded)
+        _list_reaching(shape, cache, selector, arguments)
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"
@@ -239,6 +262,48 @@ def _list_pages(
         )
         _launch(reach_kernel, tiles, arguments, BR=256)
         _chain(list_kernel, tiles, arguments)
+
+
+def _list_reaching(
+    shape: Shape, cache: PagedCache, selector: Adaptive | Exact, arguments: dict[str, Any]
+) -> None:
+    """List the pages of every row that reach the threshold of those read first."""
+    tiles, pages = (shape.list_tiles, shape.kv_heads, shape.batch), shape.tile // shape.page_size
+    members = -(-shape.max_pages // (selector.first_pages - 1))
+    arguments = arguments | {
+        "FIRST": selector.first_pages,
+        "MOST": shape.first_pages,
+        "FT": shape.first_tiles,
+        "FP": shape.first_tiles * pages,
+        "FPP": power_of_two(shape.first_tiles * pages),
+        "FN": power_of_two(shape.first_tiles * shape.tile),
+        "BJ": min(power_of_two(members), 1024 // pages),
+    }
+    keys = {"s_page": cache.key.stride(0), "s_head": cache.key.stride(1)}
+    programs = (shape.first_tiles * shape.group, *tiles[1:])
+    _chain(first_kernel, programs, arguments | keys, num_warps=_warps(shape))
+    _chain(
+        wanted_kernel,
+        tiles,
+        arguments,
+        PROVE=isinstance(selector, Exact),
+        **_estimate(selector),
+        num_warps=8 if shape.group_width * arguments["FN"] <= 1 << 14 else 16,
+    )
+    _chain(list_kernel, tiles, arguments)
+
+
+def _estimate(selector: Adaptive | Exact) -> dict[str, Any]:
+    """How the reach of scores is estimated, for those who estimate it."""
+    if isinstance(selector, Exact):
+        return {"margin": 1.0, "reach": 1.0, "OWN_REACH": False, "GUARD": 0}
+    reach = selector.reach
+    return {
+        "margin": float(selector.margin),
+        "reach": 1.0 if reach is None else float(reach),
+        "OWN_REACH": reach is None,
+        "GUARD": selector.neighbours,
+    }
 
 
 def _attend(shape: Shape, arguments: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How high the scores of pages reach, by boxes around their keys; `topk` ranks them by it."""
+"""How high the scores of pages reach, by boxes around their keys; `topk` ranks pages by it."""
 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
@@ -70,14 +70,15 @@ def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexp
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_page_extreme, p_page_sample, p_member_count, p_bound, p_unread, p_rounding,
-    p_arrived,
+    p_reach, p_spread, p_page_extreme, p_page_sample, p_member_count, p_bound, p_unread,
+    p_rounding, p_arrived,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
-    STEP: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
+    STEP: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr, CERTIFY: tl.constexpr,
+    CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
@@ -85,8 +86,9 @@ def box_kernel(
     p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
     [rows, PS, GW, 2], of which the second is the negated least.
 
-    CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride],
-    and by how much that changes any of a split.
+    SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
+    CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
+    ROUNDED: also by how much that changes any of a split.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -108,11 +110,11 @@ def box_kernel(
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
-    if CERTIFY:
+    if ROUNDED:
         b_unit, b_fixed = rounding_of(tl.abs(b_q), b_scale, b_slope, n, D, ALIBI)  # [GP] each
         b_span = tl.zeros([BP], tl.float32)
-        if i_s == 0:
-            tl.store(p_arrived + i_row * G + o_g, 0, mask=m_g)
+    if CERTIFY and i_s == 0:
+        tl.store(p_arrived + i_row * G + o_g, 0, mask=m_g)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
     for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
         o_page = i_p + o_p
@@ -130,13 +132,14 @@ def box_kernel(
             b_most = tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
             b_reach += b_most
         m_page = (o_page < ranked)[:, None]
+        if ROUNDED:
+            b_both = b_center_scale + b_half_scale
+            b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
         if CERTIFY:
             b_radius = tl.load(p_scale + o_scale + 2)[:, None]
             b_bound = (b_center + b_radius * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
-            b_both = b_center_scale + b_half_scale
-            b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
             p_b = p_bound + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
             tl.store(p_b + o_page[:, None], b_bound, mask=m_g[None, :] & m_page)
             p_u = p_unread + i_row.to(tl.int64) * page_stride
@@ -144,6 +147,10 @@ def box_kernel(
         b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
         b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
         tl.store(p_r + o_page[:, None] * GW, b_reach, mask=m_g[None, :] & m_page)
+        if SPREAD:
+            p_w = p_spread + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
+            b_spread *= b_scale[None, :]
+            tl.store(p_w + o_page[:, None] * GW, b_spread, mask=m_g[None, :] & m_page)
         if LONG:
             o_sample = i_row * SAMPLED + o_page // STEP
             m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
@@ -152,7 +159,7 @@ def box_kernel(
     p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
     tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)
-    if CERTIFY:
+    if ROUNDED:
         # The last page is read, not ranked, and may be what the launch before writes.
         await_if(i_s == 0, CHAINED)
         m_last = (i_s == 0) & (ranked > 0)

@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..selectors import Selector, TopK
+from ..reference.adaptive import FIRST_SHARE, most_first
+from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .fallback import TRIALS
 from .nearest import SAMPLED
 
@@ -66,6 +67,16 @@ def budget_of(selector: Selector, page_size: int, exact_below: int) -> int | Non
     return max(selector.token_budget // page_size * page_size + page_size, exact_below)
 
 
+def first_pages_of(selector: Selector, max_pages: int, page_size: int) -> int:
+    """Pages that a query head has read first at most, for a threshold; 0 if it needs none."""
+    if isinstance(selector, Gaussian | TopK) or selector == Exact():
+        return 0
+    return max(
+        selector.first_pages,
+        min(max_pages // FIRST_SHARE, most_first(selector.first_pages, page_size)),
+    )
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the launches of a decode step depend on; lengths of sequences are not among it.
@@ -75,6 +86,7 @@ class Shape:
     selector: name of the rule that chooses the pages to read.
     budget: tokens that are read at most; None if there is no bound.
     certified: whether bounds of the pages' scores are kept.
+    first_pages: pages that a query head has read first at most, for a threshold.
     """
 
     batch: int
@@ -88,6 +100,7 @@ class Shape:
     selector: str = "exact"
     budget: int | None = None
     certified: bool = False
+    first_pages: int = 0
 
     @property
     def listed(self) -> bool:
@@ -253,7 +266,7 @@ class Shape:
     @property
     def long_rows(self) -> bool:
         """Whether a row can have more pages than one program should rank."""
-        return self.max_pages > self.ranked_alone
+        return self.selector == "topk" and self.max_pages > self.ranked_alone
 
     @property
     def ranked_alone(self) -> int:
@@ -266,6 +279,11 @@ class Shape:
         if self.selector == "topk" and not self.long_rows:
             return max(256, power_of_two(self.max_pages))
         return 1024 if self.max_pages <= 1 << 15 else 2048
+
+    @property
+    def first_tiles(self) -> int:
+        """Programs that score the first pages of a query head, a tile each."""
+        return -(-self.first_pages // (self.tile // self.page_size))
 
     def certificate_tile(self, warps: int) -> int:
         """Pages that a program of so many warps weighs together: at most 16 a thread."""
@@ -319,9 +337,20 @@ class Shape:
                 "distance": (torch.int32, rows * self.page_stride),
                 "tile_count": (torch.int32, rows * power_of_two(self.list_tiles)),
             }
+        if self.selector != "exact" and self.selector != "gaussian":
+            fields["page_extreme"] = torch.float32, page_own * 2
+        if self.selector == "pruned":
+            fields["rounding"] = torch.float32, page_own
+        if self.first_pages:
+            first = heads * self.first_tiles * self.tile
+            fields |= {
+                "spread": (torch.float32, rows * self.group_width * self.page_stride),
+                "first_page": (torch.int32, first // self.page_size),
+                "first_score": (torch.float32, first),
+                "first_reach": (torch.float32, first // self.page_size),
+            }
         if self.selector == "topk":
             fields |= {
-                "page_extreme": (torch.float32, page_own * 2),
                 "page_sample": (torch.float32, rows * self.group_width * SAMPLED.value),
                 "bracket": (torch.int32, rows * 2),
                 "members": (torch.int32, rows * 2 * self.most_members),
@@ -411,7 +440,9 @@ def decode_workspace_size(
     size = 0
     for rows in range(1, batch + 1):
         shape = Shape(rows, *heads, dtype, max_tokens, chip, selector.name)
-        shape = replace(shape, certified=certificate and isinstance(selector, TopK))
+        bounded = certificate and isinstance(selector, TopK | Adaptive)
+        first = first_pages_of(selector, shape.max_pages, page_size)
+        shape = replace(shape, certified=bounded, first_pages=first)
         good = shape.good_size if most is None else min(shape.good_size, most)
         budgeted = replace(shape, budget=budget_of(selector, page_size, exact_below))
         size = max(size, good, shape.least_size, budgeted.good_size if budgeted.budget else 0)

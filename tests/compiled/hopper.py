@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from entmaxkv_kernels import (
+    Adaptive,
     Counter,
     Exact,
     Gaussian,
@@ -108,6 +109,7 @@ def main() -> None:
     compile_launches()
     exact_rows = torch.zeros(1, dtype=torch.bool)
     mixed = torch.tensor([1.0, 1.5] * (QUERY_HEADS // 2), dtype=torch.float64)
+    entmax = torch.tensor([1.25, 1.5] * (QUERY_HEADS // 2), dtype=torch.float64)
     slopes = torch.zeros(QUERY_HEADS)
     decode_step(Exact(), 2048, sliding_window=300)
     decode_step(Exact(), 8192, alibi_slopes=slopes)
@@ -123,6 +125,9 @@ def main() -> None:
     decode_step(Exact(), 8192, certificate=certificate)
     decode_step(Gaussian(), 8192, certificate=certificate)
     decode_step(Gaussian(), 8192)
+    decode_step(Adaptive(), 1 << 17, exact_rows=exact_rows, certificate=certificate)
+    decode_step(Adaptive(reach=1.75), 8192, alibi_slopes=slopes, alpha=entmax)
+    decode_step(Exact(prune=True), 1 << 20, FP8, alibi_slopes=slopes, certificate=certificate)
     prefill_step(1.5)
     prefill_step(mixed)
     prefill_step(1.5, FP8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference.scene import make_scene
 
-from entmaxkv_kernels import Counter, Gaussian, TopK
+from entmaxkv_kernels import Adaptive, Counter, Gaussian, TopK
 from entmaxkv_kernels.triton import workspace
 
 from .device import DTYPES, Step
@@ -20,7 +20,9 @@ dtypes_and_alphas = pytest.mark.parametrize(
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 selectors = pytest.mark.parametrize(
-    "selector", [TopK(64), Gaussian()], ids=lambda selector: selector.name
+    "selector",
+    [TopK(64), Gaussian(), Adaptive(reach=1.0, first_pages=4, guard=0)],
+    ids=lambda selector: selector.name,
 )
 
 
@@ -73,8 +75,8 @@ def check(selector, scene, **options):
 @dtypes_and_alphas
 @selectors
 def test_the_pages_are_those_of_the_reference(selector, alpha, dtype):
-    if alpha == 1 and isinstance(selector, Gaussian):
-        pytest.skip("softmax has no threshold to estimate")
+    if alpha == 1 and isinstance(selector, Gaussian | Adaptive):
+        pytest.skip("softmax has no threshold to reach")
     pages = check(selector, sparse_scene(selector, dtype=dtype), alpha=alpha)
     assert not pages[4].all()
 

@@ -3,18 +3,23 @@
 import pytest
 import torch
 
-from entmaxkv_kernels import Adaptive, analyze_decode
+from entmaxkv_kernels import Adaptive, Counter, Exact, analyze_decode
 from entmaxkv_kernels.pages import BOX
-from entmaxkv_kernels.reference.adaptive import adaptive_pages
+from entmaxkv_kernels.reference.adaptive import (
+    FIRST_SHARE,
+    adaptive_pages,
+    choose_first,
+    possible_pages,
+)
 from entmaxkv_kernels.reference.entmax import entmax_threshold
-from entmaxkv_kernels.reference.quest import page_reaches, quest_bounds
+from entmaxkv_kernels.reference.quest import page_reaches, radius_bounds
 from entmaxkv_kernels.reference.scores import scale_to_scores
 
 from .scene import make_scene
 from .test_gaussian import candidates_of
 
 SLOPES = torch.tensor([0.05, 0.01, 0.0, -0.02, 0.1, 0.01])
-ALPHAS = torch.tensor([1.25, 1.5, 2.0, 1.5, 1.75, 4 / 3])
+ALPHAS = torch.tensor([1.25, 1.5, 2.0, 1.5, 1.75, 4 / 3], dtype=torch.float64)
 
 
 def report_of(scene, selector, **options):
@@ -28,7 +33,10 @@ def chosen_of(scene, selector, alpha=1.5, slopes=None):
     pages = candidates.ranked.shape[1]
     held = torch.arange(pages) <= candidates.ranked.sum(-1)[:, None]
     ids = scene.block_table[:, :pages].long().masked_fill(~held, 0)
-    return candidates, adaptive_pages(candidates, selector, scene.cache, ids)
+    radius = scene.cache.scales[ids, :, 2].mT[..., None].double()
+    candidates = candidates._replace(radius=radius)
+    choose = possible_pages if isinstance(selector, Exact) else adaptive_pages
+    return candidates, choose(candidates, selector, scene.cache, ids)
 
 
 def true_scores(scene, sequence, alpha, slopes):
@@ -45,7 +53,7 @@ def true_scores(scene, sequence, alpha, slopes):
 
 @pytest.mark.parametrize("alpha", [1.5, ALPHAS], ids=["one alpha", "an alpha for each head"])
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["no ALiBi", "ALiBi"])
-@pytest.mark.parametrize("first_pages", [1, 5])
+@pytest.mark.parametrize("first_pages", [2, 5])
 def test_no_page_left_out_reaches_the_threshold_of_what_was_read(alpha, slopes, first_pages):
     scene = make_scene([701, 333], group=3, statistics=BOX, spread=4, coherence=0.8, seed=3)
     selector = Adaptive(reach=1.2, first_pages=first_pages, guard=0)
@@ -67,43 +75,75 @@ def test_no_page_left_out_reaches_the_threshold_of_what_was_read(alpha, slopes, 
     assert left_out > 50
 
 
-def test_a_later_round_reads_only_pages_that_reach_the_threshold():
-    scene = make_scene([1100], group=1, kv_heads=1, statistics=BOX, spread=6, coherence=0.9)
-    selector = Adaptive(reach=1.0, first_pages=2, guard=0)
+def test_pages_are_those_that_reach_the_threshold_of_the_first_ones():
+    scene = make_scene([1100], group=1, kv_heads=1, statistics=BOX, spread=3, coherence=0.9)
+    selector = Adaptive(reach=1.5, first_pages=4, guard=0)
     candidates, chosen = chosen_of(scene, selector)
     reaches = page_reaches(candidates, selector.reach)[0, 0, 0]
     scores = true_scores(scene, 0, 1.5, None)[0, 0]
-    first = reaches[:68].topk(2).indices
+    ranks = page_reaches(candidates)[0, 0, 0]
+    first = [c + 3 * int(ranks[c:68:3].argmax()) for c in range(3)]
     read = torch.zeros(len(scores), dtype=torch.bool)
     read[68 * 16 :] = True
-    for page in first.tolist():
+    for page in first:
         read[page * 16 : page * 16 + 16] = True
-    lowest = entmax_threshold(scores[read], 1.5)
-    later = chosen[0, 0, :68].clone()
-    later[first] = False
-    assert later.any()
-    assert (reaches[:68][later] > lowest).all()
+    expected = reaches[:68] > entmax_threshold(scores[read], 1.5)
+    expected[first] = True
+    assert 5 < expected.sum() < 40
+    assert torch.equal(chosen[0, 0, :68], expected)
+
+
+def test_long_sequences_have_more_first_pages():
+    tokens = 5 * FIRST_SHARE * 16 + 1
+    scene = make_scene([tokens, 100], group=2, kv_heads=1, head_size=16, statistics=BOX)
+    candidates, _ = chosen_of(scene, Adaptive())
+    first = choose_first(candidates, 3)
+    assert first.shape == (2, 1, 2, 4)
+    assert torch.equal(first[0] % 4, torch.arange(4).expand(1, 2, 4))
+    assert torch.equal(first[1, ..., :2] % 2, torch.arange(2).expand(1, 2, 2))
+    assert (first[1, ..., 2:] == 6).all()
+
+
+def test_a_head_reaches_as_far_as_its_first_pages_show():
+    scene = make_scene([1100], group=2, kv_heads=1, statistics=BOX, spread=6, coherence=0.9)
+    candidates, _ = chosen_of(scene, Adaptive())
+    first = choose_first(candidates, 5)[0, 0]
+    scores = true_scores(scene, 0, 1.5, None)[0]
+    center = page_reaches(candidates, 0.0)[0, 0]
+    spread = page_reaches(candidates, 1.0)[0, 0] - center
+    wanted = torch.zeros(68, dtype=torch.bool)
+    for head in range(2):
+        height = scores[head, : 68 * 16].view(68, 16).amax(1)
+        ratio = ((height - center[head, :68]) / spread[head, :68])[first[head]].max()
+        pages = [*first[head].tolist(), 68]
+        tau = entmax_threshold(torch.cat([scores[head, p * 16 : p * 16 + 16] for p in pages]), 1.5)
+        wanted |= center[head, :68] + 1.2 * ratio * spread[head, :68] > tau
+        wanted[first[head]] = True
+    chosen = chosen_of(scene, Adaptive(margin=1.2, first_pages=5, guard=0))[1]
+    assert wanted.sum() < 60
+    assert torch.equal(chosen[0, 0, :68], wanted)
 
 
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_pages_of_equal_keys_are_chosen_without_loss(alpha):
     scene = make_scene([517, 90, 16, 1], group=2, statistics=BOX, spread=8, coherence=1.0)
-    report = report_of(scene, Adaptive(first_pages=1), alpha=alpha)
+    report = report_of(scene, Adaptive(first_pages=2), alpha=alpha)
     assert report.dropped_mass.max() < 1e-12
     assert (report.support_recall == 1).all()
     assert report.selected[0].float().mean() < 0.7
 
 
-def test_a_guard_reads_the_pages_with_the_highest_bounds():
-    scene = make_scene([1050, 333], group=2, statistics=BOX, spread=3, coherence=0.7)
-    candidates, chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0.25))
-    bounds = quest_bounds(candidates)
-    for b, (pages, guards) in enumerate([(65, 16), (20, 5)]):
-        below = (bounds[b] - bounds[b, :, :, :pages].amax(-1, keepdim=True)).amax(1)
+def test_a_guard_is_the_neighbour_with_the_highest_bound():
+    scene = make_scene([1050, 333], group=1, statistics=BOX, spread=3, coherence=0.7)
+    candidates, chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=0.25))
+    bounds = radius_bounds(candidates)[:, :, 0]
+    for b, pages in enumerate([65, 20]):
         for h in range(2):
-            assert chosen[b, h, below[h, :pages].topk(guards).indices].all()
-    few = chosen_of(scene, Adaptive(reach=0.01, first_pages=1, guard=0))[1]
-    assert few.sum() < chosen.sum() < 65
+            for block in range(0, pages, 4):
+                best = block + int(bounds[b, h, block : min(block + 4, pages)].argmax())
+                assert chosen[b, h, best]
+    few = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=0))[1]
+    assert few.sum() < chosen.sum() <= 2 * (17 + 5) + few.sum()
 
 
 def test_an_isolated_needle_is_found_by_its_bound_alone():
@@ -115,14 +155,16 @@ def test_an_isolated_needle_is_found_by_its_bound_alone():
     scene.key[0][804] += query * lacking / (factor * query.square().sum())
     scene.append_all()
     assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0)).dropped_mass.item() > 0.5
-    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0.1)).dropped_mass.item() < 0.1
+    assert (
+        report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=1 / 8)).dropped_mass.item() < 0.1
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_newest_tokens_count_in_the_threshold(seed):
     # Stale pages are poison: a step that read another page for the last one would choose others.
     scene = make_scene([407, 221], group=2, statistics=BOX, spread=5, coherence=0.8, seed=seed)
-    selector = Adaptive(reach=1.0, first_pages=1, guard=0)
+    selector = Adaptive(reach=1.0, first_pages=2, guard=0)
     chosen = chosen_of(scene, selector)[1]
     selected = report_of(scene, selector).selected
     for b, length in enumerate([407, 221]):
@@ -134,7 +176,7 @@ def test_the_newest_tokens_count_in_the_threshold(seed):
 def test_a_wider_reach_reads_more_and_an_endless_one_everything():
     scene = make_scene([900], group=2, statistics=BOX, spread=3, coherence=0.7)
     shares = [
-        chosen_of(scene, Adaptive(reach, first_pages=1, guard=0))[1][..., :56].float().mean().item()
+        chosen_of(scene, Adaptive(reach, first_pages=2, guard=0))[1][..., :56].float().mean().item()
         for reach in (0.5, 1.0, 1.75, 100.0)
     ]
     assert shares == sorted(shares)
@@ -162,7 +204,7 @@ def test_a_sequence_reads_the_same_pages_alone():
 
 def test_the_bound_of_dropped_mass_holds():
     scene = make_scene([600, 340], group=4, statistics=BOX, spread=4, coherence=0.6)
-    report = report_of(scene, Adaptive(reach=0.6, first_pages=1))
+    report = report_of(scene, Adaptive(reach=0.6, first_pages=2))
     assert report.dropped_mass.max() > 0.01
     assert (report.dropped_bound >= report.dropped_mass - 1e-12).all()
 
@@ -175,16 +217,53 @@ def test_decoding_is_the_exact_entmax_of_the_chosen_pages():
     torch.testing.assert_close(error / norm, report.output_error, atol=1e-9, rtol=1e-6)
 
 
-def test_softmax_is_refused():
+@pytest.mark.parametrize(
+    "selector, name", [(Adaptive(), "adaptive"), (Exact(prune=True), "pruned")]
+)
+def test_softmax_is_refused(selector, name):
     scene = make_scene([50], statistics=BOX)
-    with pytest.raises(ValueError, match=r"alpha is 1 .*above 1 with the adaptive selector"):
-        scene.decode(selector=Adaptive(), alpha=1.0)
+    with pytest.raises(ValueError, match=rf"alpha is 1 .*above 1 with the {name} selector"):
+        scene.decode(selector=selector, alpha=1.0)
 
 
-def test_compiled_kernels_are_refused():
-    scene = make_scene([50], statistics=BOX, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"Adaptive\(.*no compiled kernels.*'reference'"):
-        scene.decode(selector=Adaptive(), implementation="triton")
+PRUNE = Exact(prune=True, first_pages=3)
+
+
+@pytest.mark.parametrize("alpha", [1.5, ALPHAS], ids=["one alpha", "an alpha for each head"])
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["no ALiBi", "ALiBi"])
+def test_pruned_pages_hold_no_weight(alpha, slopes):
+    scene = make_scene([0, 701, 333, 17], group=3, statistics=BOX, spread=4, coherence=0.99)
+    options = {"alpha": alpha, "alibi_slopes": slopes}
+    alphas = alpha.tolist() if isinstance(alpha, torch.Tensor) else alpha
+    report = report_of(scene, PRUNE, **options)
+    assert (report.dropped_mass == 0).all() and (report.dropped_bound == 0).all()
+    assert (report.support_recall[1:] == 1).all()
+    assert 0.05 < report.selected[1].float().mean() < 0.9
+    counters = torch.zeros(len(Counter), dtype=torch.int64)
+    certificate = torch.full((4, 6), torch.nan)
+    out = scene.decode(selector=PRUNE, counters=counters, certificate=certificate, **options)
+    torch.testing.assert_close(
+        out, scene.dense_decode(alpha=alphas, slopes=slopes), atol=1e-12, rtol=0
+    )
+    assert (certificate == 0).all()
+    assert counters[Counter.PAGES_READ] == report.selected.sum() < counters[Counter.PAGES_HELD]
+
+
+def test_independent_keys_are_read_whole_and_distance_prunes_them():
+    scene = make_scene([1100], statistics=BOX, spread=1)
+    assert report_of(scene, PRUNE).selected.all()
+    slopes = torch.tensor([0.5, 0.25, 0.5, 0.25])
+    report = report_of(scene, PRUNE, alibi_slopes=slopes)
+    assert report.selected.float().mean() < 0.5
+    assert (report.dropped_mass == 0).all()
+
+
+def test_an_infinite_key_prunes_nothing():
+    scene = make_scene([400], group=1, kv_heads=1, statistics=BOX, spread=4, coherence=0.999)
+    assert not report_of(scene, PRUNE).selected.all()
+    scene.key[0][100, 0, 3] = -torch.inf if scene.last_queries[0, 0, 3] > 0 else torch.inf
+    scene.append_all()
+    assert report_of(scene, PRUNE).selected.all()
 
 
 @pytest.mark.parametrize(
@@ -193,15 +272,17 @@ def test_compiled_kernels_are_refused():
         ({"reach": 0.0}, "reach is 0.0"),
         ({"reach": float("nan")}, "reach is nan"),
         ({"reach": float("inf")}, "reach is inf"),
-        ({"first_pages": 0}, "first_pages is 0"),
-        ({"guard": 1.1}, "guard is 1.1"),
+        ({"margin": -1.0}, "margin is -1.0"),
+        ({"first_pages": 1}, "first_pages is 1"),
+        ({"guard": 0.3}, "guard is 0.3"),
     ],
     ids=[
         "no reach",
         "a reach that is no number",
         "an infinite reach",
-        "no first pages",
-        "too many guards",
+        "no margin",
+        "no first page besides the last",
+        "guards that are no power of two",
     ],
 )
 def test_bad_settings_are_refused(settings, message):
