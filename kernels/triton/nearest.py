@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .certificate import mark_read
+from .entmax import sum_pairs
 from .pages import (
     NEVER,
     WARP,
@@ -79,6 +80,15 @@ def measure(b_reach, b_peak, steps, o_page, count, G: tl.constexpr):
 
 
 @triton.jit
+def narrow(found, nearer, far, trial, count, wanted):
+    """What `find` knows once `count` pages were found below a trial, in whatever order it tries."""
+    within = count <= wanted
+    farther = within & (trial > found)
+    nearer = tl.where(farther, count, nearer)
+    return tl.where(farther, trial, found), nearer, tl.where(within, far, tl.minimum(far, trial))
+
+
+@triton.jit
 def find(b_distance, found, far, within, wanted, slack):
     """The largest distance below which lie at most `wanted` of at most 2 ** 16 pages, and how many
     do; any such distance if they are at least `wanted - slack`.
@@ -91,32 +101,21 @@ def find(b_distance, found, far, within, wanted, slack):
     found, far, within, wanted = nearer + found, nearer + far, nearer + within, nearer + wanted
     if wanted >= within:
         found, nearer = far, wanted
-    rounds = 0
     while (far - found > 1) & (nearer < wanted - slack):
-        # Two trials on either side of where the last page is expected, so far apart that it likely
-        # lies between them; at the thirds where that helps no more.
-        width, members = (far - found).to(tl.float32), (within - nearer).to(tl.float32)
-        share = (wanted - nearer).to(tl.float32) / members
-        margin = 2.0 * tl.sqrt(share * (1.0 - share) / members)
-        margin = tl.minimum(tl.maximum(margin, tl.where(rounds < 2, 1.0 / 16, 0.0)), 1.0 / 6)
-        thirds = (members < 25.0) | (rounds >= 8)
-        share, margin = tl.where(thirds, 0.5, share), tl.where(thirds, 1.0 / 6, margin)
-        low, high = ((share - margin) * width).to(tl.int32), ((share + margin) * width).to(tl.int32)
-        low = tl.minimum(tl.maximum(found + low, found + 1), far - 1)
-        high = tl.minimum(tl.maximum(found + high, found + 1), far - 1)
-        # Both counts are at most 2 ** 16 - 1, so one sum serves both.
-        counts = (b_distance < low).to(tl.uint32) + ((b_distance < high).to(tl.uint32) << 16)
-        counts = tl.sum(counts, 0)
-        count_low, count_high = (counts & 0xFFFF).to(tl.int32), (counts >> 16).to(tl.int32)
-        if count_high <= wanted:
-            found, nearer = high, count_high
-        else:
-            far, within = high, count_high
-        if count_low > wanted:
-            far, within = low, count_low
-        elif count_high > wanted:
-            found, nearer = low, count_low
-        rounds += 1
+        # Four trials, about the fifths; 51 / 256 is a little less than one.
+        fifth = (far - found) * 51
+        first = found + tl.maximum(fifth >> 8, 1)
+        second = found + tl.maximum(fifth * 2 >> 8, 1)
+        third = found + tl.maximum(fifth * 3 >> 8, 1)
+        fourth = found + tl.maximum(fifth * 4 >> 8, 1)
+        # Counts are at most 2 ** 16 - 1, so one sum serves two.
+        b_low = (b_distance < first).to(tl.uint32) + ((b_distance < second).to(tl.uint32) << 16)
+        b_high = (b_distance < third).to(tl.uint32) + ((b_distance < fourth).to(tl.uint32) << 16)
+        low, high = sum_pairs((b_low, b_high))
+        found, nearer, far = narrow(found, nearer, far, fourth, (high >> 16).to(tl.int32), wanted)
+        found, nearer, far = narrow(found, nearer, far, third, (high & 0xFFFF).to(tl.int32), wanted)
+        found, nearer, far = narrow(found, nearer, far, second, (low >> 16).to(tl.int32), wanted)
+        found, nearer, far = narrow(found, nearer, far, first, (low & 0xFFFF).to(tl.int32), wanted)
     return found, nearer
 
 
