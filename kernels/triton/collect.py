@@ -136,7 +136,8 @@ def collect_kernel(
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    OVERFULL: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    OVERFULL: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, OVERLAPPED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
@@ -146,6 +147,7 @@ def collect_kernel(
 
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
+    OVERLAPPED: lets the next launch start beside this one, as it does where no pages are listed.
     """
     if not LISTED and not GUESSED:
         # The first launch of a step: what it is given may not be there yet.
@@ -169,8 +171,7 @@ def collect_kernel(
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)
-    # Programs that wait take nothing from those of this launch, all of which run by then.
-    allow_next(CHAINED)
+    allow_next(CHAINED and (OVERLAPPED or not LISTED))
     p_pages, first, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
         P, WINDOW, LISTED,
@@ -239,6 +240,7 @@ def collect_kernel(
                 p_z = p_score + o_list[None, :] + b_position[:, None]
                 tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
             count += kept
+    allow_next(CHAINED and not (OVERLAPPED or not LISTED))
     tl.store(p_count + own, count)
     # Rows of a tile are taken together so far as they lie in one warp.
     o_class = tl.arange(0, CLASSES)[:, None]

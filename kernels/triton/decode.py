@@ -155,7 +155,8 @@ def decode(
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not arguments["GUESSED"]
     choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
-    arguments = NO_CHOICE | NO_BOUNDS | arguments | {"CHOOSING": choosing}
+    choice = {"CHOOSING": choosing, "OVERLAPPED": choosing and shape.overlapped}
+    arguments = NO_CHOICE | NO_BOUNDS | arguments | choice
     if shape.listed:
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)

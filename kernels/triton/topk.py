@@ -78,7 +78,7 @@ def box_kernel(
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     STEP: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr, CERTIFY: tl.constexpr,
-    CHAINED: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
@@ -97,7 +97,7 @@ def box_kernel(
         tl.store(p_member_count + i_row, 0)
     n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     await_if(may_be_fresh(n, P), CHAINED)
-    allow_next(CHAINED)
+    allow_next(CHAINED and OVERLAPPED)
     o_p, o_d, o_g = tl.arange(0, BP), tl.arange(0, DP), tl.arange(0, GP)
     m_g = o_g < G
     b_scale, b_slope, _ = load_scales(
@@ -156,6 +156,7 @@ def box_kernel(
             m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
             p_s = p_page_sample + o_sample[:, None] * GW + o_g[None, :]
             tl.store(p_s, b_reach, mask=m_sample)
+    allow_next(CHAINED and not OVERLAPPED)
     p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
     tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)

@@ -163,6 +163,13 @@ class Shape:
         return 8 if ranks and self.max_pages > 2048 else 4
 
     @property
+    def overlapped(self) -> bool:
+        """Whether programs that rank what they read may start beside those that score pages, and
+        the next launch beside them: where few are wanted, or one fills half a multiprocessor. Of
+        others several would share one, and leave the next without."""
+        return self.ranked_by_readers and (self.max_pages <= 512 or self.collect_warps > 4)
+
+    @property
     def page_splits(self) -> int:
         """The same for the scores of pages."""
         return min(self._programs(4), -(-self.max_pages // self.page_tile))
