@@ -36,7 +36,7 @@ CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
 _MOST_SPLITS = 256
-_MOST_NEAR = 65536
+_MOST_NEAR = 131072
 _NEAR = 1 << 22
 _ALIGNMENT = 256
 
