@@ -34,7 +34,7 @@ SEED = 20261127
 def chunks_of(elements: int | None) -> Iterator[None]:
     """Let the reference gather so many elements at a time, or as many as it does by itself."""
     # `reference.decode` is a function, too, which hides its module from an import statement.
-    names = ("adaptive", "decode", "select")
+    names = ("decode", "select")
     modules: list[Any] = [import_module(f"entmaxkv_kernels.reference.{name}") for name in names]
     before = [module.CHUNK_ELEMENTS for module in modules]
     for module in modules:
