@@ -10,6 +10,7 @@ from typing import Any
 from entmaxkv_vllm import DEMO_MODEL, __version__
 from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
 from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
+from entmaxkv_vllm.evaluate.ruler import TASKS
 
 PARTS = ("attention", "perplexity", "tasks")
 BENCHED = ("exact", "gaussian", "topk")
@@ -80,6 +81,9 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
             default=default,
             help=f"{help}; default {default}",
         )
+    evaluate.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="kinds of tasks; default all"
+    )
     evaluate.add_argument("--alpha", type=float, help="in place of what config.json says")
     evaluate.add_argument(
         "--packages",

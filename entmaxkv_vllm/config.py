@@ -400,6 +400,14 @@ def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
             f"verifies several tokens at once, which selector {config.selector} does not do",
             "use selector exact, or serve without speculative decoding",
         )
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if config.selector == "gaussian-paper" and ranks > 1:
+        raise ConfigurationError(
+            "selector",
+            "gaussian-paper",
+            f"goes by the mean over all heads, of which each of {ranks} ranks sees some",
+            "use selector gaussian, or --tensor-parallel-size 1",
+        )
     if cache.kv_sharing_fast_prefill:
         raise ConfigurationError(
             "kv_sharing_fast_prefill", True, "is not supported by ENTMAXKV", "leave it out"

@@ -37,9 +37,10 @@ ALPHA, HEAD_SIZE, GROUP, PAGE_SIZE = 1.5, 64, 4, 16
 LENGTHS = (8192, 32768, 131072)
 SUPPORTS = (0.0005, 0.002, 0.01)
 """Shares of the keys that are in the support; instances take turns."""
-REACHES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.6, 1.75, 2.0, 2.25, 2.5, 3.0)
-QUANTILES = (1e-4, 0.1, 0.5, 0.9)
-GUARDS = (1 / 128, 1 / 64, 1 / 16, 1 / 8)
+MARGINS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+REACHES = (1.0, 1.5, 1.75, 2.0, 2.25)
+QUANTILES = (0.1, 0.5, 0.9)
+GUARDS = (0.0, 1 / 128, 1 / 16, 1 / 8)
 TOPIC_LENGTH, TOPICS, RANK = 128, 64, 16
 NEEDLE = 0.7
 """How far the needle's z lies above the largest other one; a distance of 1 takes all weight."""
@@ -184,14 +185,18 @@ def measure(head: Head, selectors: dict[str, Selector]) -> dict[str, dict[str, l
 
 def selectors_for(length: int) -> dict[str, Selector]:
     """Those that are compared; the paper's also with lower quantiles, which read less."""
-    found: dict[str, Selector] = {"gaussian": Gaussian()}
+    found: dict[str, Selector] = {
+        "gaussian": Gaussian(),
+        "gaussian-paper": Gaussian(shared_spread=True),
+    }
     for q in QUANTILES:
         found[f"gaussian, quantile {q:g}"] = Gaussian(quantile=q, narrow_quantile=q)
+    for margin in MARGINS:
+        found[f"adaptive, margin {margin:g}"] = Adaptive(margin=margin)
     for reach in REACHES:
-        found[f"adaptive, reach {reach:g}"] = Adaptive(reach=reach)
-        found[f"unguarded, reach {reach:g}"] = Adaptive(reach=reach, guard=0)
+        found[f"fixed reach, {reach:g}"] = Adaptive(reach=reach)
     for share in GUARDS:
-        found[f"guard {share:.2%}, reach 1.75"] = Adaptive(guard=share)
+        found[f"guard {share:.2%}, margin 1.1"] = Adaptive(guard=share)
     for share in (0.03, 0.0625, 0.125, 0.25, 0.5):
         found[f"topk, {share:.2%}"] = TopK(int(share * length))
     return found

@@ -263,6 +263,10 @@ PROCESSES = (
         "data parallelism",
         cpu=f"{SERVING}test_both_engines_decode_and_are_counted",
     ),
+    Line(
+        "tensor parallelism, the selector `gaussian-paper`",
+        engine={"tensor_parallel_size": 2, **options(selector="gaussian-paper")},
+    ),
     Line("Ray", not_on_cpu="vLLM does not support it there"),
     Line("decode context parallelism", layer={"use_dcp": True}),
     Line("prefill context parallelism", layer={"use_pcp": True}),

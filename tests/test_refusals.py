@@ -135,6 +135,12 @@ def test_a_block_of_several_pages_is_accepted(start):
             "speculative_config='draft_model' drafts with attention layers of its own",
             id="a-model-that-drafts",
         ),
+        pytest.param(
+            LLAMA,
+            {"options": {"selector": "gaussian-paper"}, "tensor_parallel_size": 2},
+            "selector='gaussian-paper' goes by the mean over all heads, of which each of 2 ranks",
+            id="the-paper-s-rule-over-ranks",
+        ),
         pytest.param(GEMMA2, {}, "attn_logit_softcapping=50.0 is not supported", id="soft-cap"),
     ],
 )

@@ -110,6 +110,8 @@ def attention_rows(
             if inputs is not None:
                 save_inputs(paged, recorded, spread, inputs / f"inputs-{context}-{index}.pt")
             for name in selectors:
+                if over():
+                    break
                 for layer in sorted(recorded):
                     place = paged, layer, recorded[layer], spread, parse_selector(name)
                     measured.setdefault((name, layer), []).append(measure_selector(*place))

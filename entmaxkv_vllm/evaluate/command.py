@@ -20,7 +20,6 @@ from entmaxkv_vllm.evaluate.checkpoint import Checkpoint, alpha_of, load
 from entmaxkv_vllm.evaluate.errors import EvaluationError
 from entmaxkv_vllm.evaluate.paged_model import PagedModel
 from entmaxkv_vllm.evaluate.predictions import perplexity_rows, task_rows
-from entmaxkv_vllm.evaluate.ruler import TASKS
 from entmaxkv_vllm.evaluate.selectors import parse_selector
 from entmaxkv_vllm.retrieval import add_packages
 
@@ -35,7 +34,7 @@ SEED = 20261127
 def chunks_of(elements: int | None) -> Iterator[None]:
     """Let the reference gather so many elements at a time, or as many as it does by itself."""
     # `reference.decode` is a function, too, which hides its module from an import statement.
-    names = ("adaptive", "decode", "select")
+    names = ("decode", "select")
     modules: list[Any] = [import_module(f"entmaxkv_kernels.reference.{name}") for name in names]
     before = [module.CHUNK_ELEMENTS for module in modules]
     for module in modules:
@@ -115,7 +114,7 @@ def _rows(part: str, checkpoint: Checkpoint, args: argparse.Namespace) -> Iterat
     """The rows of one part, with a progress bar."""
     end = time.monotonic() + 60 * args.minutes
     units = len(args.contexts) * len(args.selectors)
-    units *= {"attention": args.sequences, "perplexity": 1, "tasks": len(TASKS)}[part]
+    units *= {"attention": args.sequences, "perplexity": 1, "tasks": len(args.tasks)}[part]
     longest = max(args.contexts) + ROOM[part]
     batch = 1 if part == "attention" else args.batch
     paged = PagedModel(checkpoint.model, checkpoint.alpha, batch, longest)
@@ -129,7 +128,7 @@ def _rows(part: str, checkpoint: Checkpoint, args: argparse.Namespace) -> Iterat
         elif part == "perplexity":
             rows = perplexity_rows(*what, steps=args.steps, **watched)
         else:
-            rows = task_rows(*what, seed=SEED, **watched)
+            rows = task_rows(*what, tasks=args.tasks, seed=SEED, **watched)
         for row in rows:
             if not bar.disable:
                 tqdm.write(describe(part, row))

@@ -7,7 +7,6 @@ import torch
 
 from entmaxkv_vllm.evaluate.checkpoint import Checkpoint
 from entmaxkv_vllm.evaluate.paged_model import PagedModel
-from entmaxkv_vllm.evaluate.ruler import TASKS
 from entmaxkv_vllm.evaluate.selectors import parse_selector
 
 NO_TARGET = -1
@@ -58,6 +57,7 @@ def task_rows(
     selectors: list[str],
     contexts: list[int],
     *,
+    tasks: list[str],
     seed: int,
     over: Callable[[], bool],
     done: Callable[[], object],
@@ -68,14 +68,14 @@ def task_rows(
     before it: so the right answer is decoded, and every step compared.
     """
     for context in contexts:
-        for name in TASKS:
+        for name in tasks:
             if over():
                 return
-            tasks = checkpoint.tasks(name, context, paged.batch, seed)
-            longest = max(len(task.answer) for task in tasks)
-            filled = [t.answer + [NO_TARGET] * (longest - len(t.answer)) for t in tasks]
+            drawn = checkpoint.tasks(name, context, paged.batch, seed)
+            longest = max(len(task.answer) for task in drawn)
+            filled = [t.answer + [NO_TARGET] * (longest - len(t.answer)) for t in drawn]
             targets = torch.tensor(filled, device=paged.model.device)
-            prompts = torch.tensor([task.prompt for task in tasks], device=paged.model.device)
+            prompts = torch.tensor([task.prompt for task in drawn], device=paged.model.device)
             paged.prefill(prompts[:, :-1])
             tokens = torch.cat((prompts[:, -1:], targets[:, :-1].clamp_min(0)), 1)
             for selector in selectors:
@@ -85,7 +85,7 @@ def task_rows(
                     "context": context,
                     "task": name,
                     "selector": selector,
-                    "tasks": len(tasks),
+                    "tasks": len(drawn),
                     "pages_read": predicted.pages_read,
                     "solved": right.all(1).tolist(),
                 }
