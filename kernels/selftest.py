@@ -55,6 +55,7 @@ def checks_for(device: torch.device) -> list[Check]:
         Check("decode exact", main, main, Exact()),
         Check("decode exact, alpha 2", main, main, Exact(), 2.0),
         Check("decode softmax", main, main, Exact(), 1.0),
+        Check("decode exact, pruned", main, main, Exact(prune=True)),
         Check("decode topk", main, main, TopK(HOT_PAGES * PAGE_SIZE)),
         Check("decode gaussian", main, main, Gaussian()),
         Check("prefill", main, main),

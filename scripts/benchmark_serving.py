@@ -58,7 +58,13 @@ REQUESTS = 3
 PROFILED = 32
 ROOM = 512
 CONTEXTS = [2048, 8192, 32768, 131072, 524288]
-SETTINGS = {"topk": {"selector": "topk"}, "exact": {}, "gaussian": {"selector": "gaussian"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "topk": {"selector": "topk"},
+    "exact": {},
+    "gaussian": {"selector": "gaussian"},
+    "adaptive": {"selector": "adaptive"},
+    "pruned": {"prune": True},
+}
 
 
 def model_folder(shape: str) -> Path:
@@ -300,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--arm", nargs="+", default=["FLASH_ATTN", *SETTINGS])
+    parser.add_argument("--arm", nargs="+", default=["FLASH_ATTN", "topk", "exact", "gaussian"])
     parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--cache-limit", type=float, default=100e9, help="bytes of a cache")

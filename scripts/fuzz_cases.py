@@ -8,7 +8,7 @@ import torch
 from fuzz_families import DEVICE, FP8, FP32, Family
 from torch import Tensor
 
-from entmaxkv_kernels import Exact, PagedCache, Selector, append, split_pages
+from entmaxkv_kernels import PagedCache, Selector, append, split_pages
 
 T = TypeVar("T")
 
@@ -307,7 +307,7 @@ def draw_calls(family: Family, pool: Pool, draw: Draw) -> tuple[Asked, list[Call
     listed = []
     for k in range(calls):
         selector = draw.choice(*family.selectors)
-        sparse = not isinstance(selector, Exact)
+        sparse = bool(selector.statistics)
         listed.append(
             Call(
                 slice(ends[k - 1] if k else 0, ends[k]),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from entmaxkv_kernels import Exact, Gaussian, PageLayout, Selector, TopK
+from entmaxkv_kernels import Adaptive, Exact, Gaussian, PageLayout, Selector, TopK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -19,6 +19,13 @@ BF16 = torch.bfloat16 if DEVICE == "cuda" else FP16
 EXACT = (Exact(),)
 TOPK = (TopK(40), TopK(128), TopK(200), Exact())
 GAUSSIAN = (Gaussian(), Gaussian(quantile=0.9, safety=0.02), Exact())
+ADAPTIVE = (
+    Adaptive(first_pages=4, guard=1 / 4),
+    Adaptive(reach=1.0, first_pages=2, guard=0),
+    Exact(prune=True, first_pages=4),
+    Exact(),
+)
+PRUNED = (Exact(prune=True, first_pages=3), Exact(prune=True))
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,22 @@ FAMILIES = {
     "gaussian fp32": Family(dtype=FP32, **NARROW, selectors=GAUSSIAN, alibi=True),
     "gaussian alpha 2": Family(dtype=FP32, **NARROW, selectors=GAUSSIAN, alpha=2.0),
     "gaussian fp8": Family(fp8=True, selectors=GAUSSIAN),
+    "adaptive bf16": Family(selectors=ADAPTIVE, weight=8),
+    "adaptive fp32": Family(dtype=FP32, **NARROW, selectors=ADAPTIVE, alibi=True, weight=6),
+    "adaptive alpha per head": Family(
+        dtype=FP32, **NARROW, selectors=ADAPTIVE, alpha=(1.25, 1.5, 2.0, 1.3)
+    ),
+    "adaptive fp8": Family(fp8=True, selectors=ADAPTIVE),
+    "adaptive, pages of 64": Family(
+        head_size=256, group=2, page_size=64, width=10, selectors=ADAPTIVE
+    ),
+    "adaptive long": Family(
+        **LONG, width=3000, selectors=(Adaptive(first_pages=8),), weight=1, calls=8
+    ),
+    "pruned bf16": Family(selectors=PRUNED, alibi=True, weight=6),
+    "pruned long": Family(
+        dtype=FP32, **LONG, width=3000, selectors=PRUNED, alibi=True, weight=1, calls=8
+    ),
     "prefill bf16": Family(**PREFILL),
     "prefill fp32": Family(**PREFILL, dtype=FP32, **NARROW, weight=3),
     "prefill ALiBi": Family(**PREFILL, dtype=FP16, **NARROW, alibi=True, weight=3),

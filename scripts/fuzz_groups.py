@@ -177,12 +177,16 @@ def run_decodes(
         held &= page >= ((n - asked.window).clamp_min(0) // family.page_size)[:, None]
     read = held[:, None].repeat(1, family.kv_heads, 1)  # [T, kv_heads, width]
     chosen, sparse = read.clone(), torch.zeros_like(n, dtype=torch.bool)
+    allowed = read.clone()
     for selector in set(family.selectors) - {Exact()}:
         of_it = [k for k, call in enumerate(calls) if call.selector == selector]
         if of_it:
             tokens = on_device(torch.tensor(of_it))[:, None] * family.batch
             tokens = (tokens + torch.arange(family.batch, device=DEVICE)).flatten()
             read[tokens] = listed_pages(family, [parts[k] for k in of_it])
+            # What is pruned holds no weight: the output is that of all pages.
+            if not isinstance(selector, Exact):
+                allowed[tokens] = read[tokens]
             picked, sparse[tokens] = chosen_pages(family, pool, asked, calls, selector, tokens)
             chosen[tokens] = False
             chosen[tokens, :, : picked.shape[-1]] = picked
@@ -200,10 +204,10 @@ def run_decodes(
     }
     wrong = [counters[0, :, counter] != count for counter, count in counted.items()]
     last = read.take_along_dim((pages - 1).clamp_min(0)[:, None, None], 2)[..., 0].all(1)
-    allowed = None
+    tokens_read = None
     if family.selectors != (Exact(),):
-        allowed = read.repeat_interleave(family.page_size, 2)[..., : pool.key.shape[1]]
-    error = excess(out, *attention(family, pool, asked, allowed))
+        tokens_read = allowed.repeat_interleave(family.page_size, 2)[..., : pool.key.shape[1]]
+    error = excess(out, *attention(family, pool, asked, tokens_read))
     return {
         "error": of_calls(len(calls), asked.call, error),
         "fallback": left,

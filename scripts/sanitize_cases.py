@@ -21,6 +21,7 @@ from fuzz_families import BF16, DEVICE, FP8, FP16, FP32
 from torch import Tensor
 
 from entmaxkv_kernels import (
+    Adaptive,
     Counter,
     Exact,
     Gaussian,
@@ -36,7 +37,7 @@ from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
 MODULES = (
-    *("append", "attend", "attend_short", "collect", "fallback", "filter", "gaussian"),
+    *("adaptive", "append", "attend", "attend_short", "collect", "fallback", "filter", "gaussian"),
     *("nearest", "pages", "prefill_softmax", "prefill_thresholds", "prefill_values"),
     *("softmax", "topk"),
 )
@@ -78,6 +79,11 @@ CASES = {
     ),
     "top-k by fallback, certified": Case(FP16, selector=TopK(96), least=True, certified=True),
     "top-k, softmax": Case(alpha=1.0, selector=TopK(48)),
+    "adaptive": Case(FP32, selector=Adaptive(first_pages=4, guard=1 / 4), certified=True),
+    "pruned": Case(selector=Exact(prune=True, first_pages=4), alibi=True, certified=True),
+    "pruned, of a long row by fallback": Case(
+        FP32, selector=Exact(prune=True), width=2100, lens=(33000, 0, 33), alibi=True, least=True
+    ),
     "gaussian": Case(selector=Gaussian()),
     "softmax": Case(alpha=1.0),
     "prefill": Case(chunk=40),

@@ -236,6 +236,16 @@ SCHEDULING = (
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line(
+        "the selector `adaptive`",
+        engine=options(selector="adaptive"),
+        cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+    ),
+    Line(
+        "`exact` that leaves out what bounds rule out (`prune`)",
+        engine=options(prune=True),
+        cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+    ),
+    Line(
         "counters of what steps prove (`certificate`)",
         engine=options(selector="topk", certificate=True),
         cpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",

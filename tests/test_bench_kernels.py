@@ -66,7 +66,12 @@ def test_queries_have_about_the_support_that_was_asked_for(support):
 def test_bytes_are_those_of_the_keys_read_the_values_with_weight_and_the_statistics():
     work = workload("2q1s512_1q1s64", support=0.1)
     vector, pages = SHAPE.head_size * 4, SHAPE.kv_heads * (512 + 512 + 64) // 16
-    for name, page_statistics in (("exact", 0), ("gaussian", 2 * vector), ("topk", 64 + 8)):
+    box, named = 64 + 12, ("topk", "adaptive", "pruned")
+    for name, page_statistics in {
+        "exact": 0,
+        "gaussian": 2 * vector,
+        **dict.fromkeys(named, box),
+    }.items():
         arm = EntmaxArm(work, selector_of(name, 512, 0.1, SHAPE.page_size))
         arm.steps[1]()
         read, support = (int(arm.counters[c]) for c in (Counter.PAGES_READ, Counter.SUPPORT))

@@ -125,8 +125,9 @@ def solve_heads(b_z, b_exponent, ORDER: tl.constexpr):
     while (excess > EXCESS_MASS) & (steps < NEWTON_STEPS):
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
         b_w, b_d = weights_and_slopes(b_x, b_exponent[:, None], ORDER)
-        b_mass = tl.sum(b_w, 1)
-        b_tau += newton_step(b_mass, tl.sum(b_d, 1), 1.0, b_exponent, ORDER)
+        # Both go through the block's one exchange of partial sums.
+        b_mass, b_slope = tl.split(tl.sum(tl.join(b_w, b_d), 1))
+        b_tau += newton_step(b_mass, b_slope, 1.0, b_exponent, ORDER)
         excess = tl.max(b_mass, 0) - 1.0
         steps += 1
     return b_tau + b_peak

@@ -141,6 +141,8 @@ def decode(
         "GUESSED": shape.max_read > store_below,
         "WINDOW": sliding_window is not None,
         "LISTED": shape.listed,
+        # Rows of whose pages none can be left out keep little of them.
+        "SLOTS_FIRST": shape.listed and not shape.first_pages,
         "ALIBI": alibi_slopes is not None,
         "EXACT_ROWS": exact_rows is not None,
         "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
@@ -278,7 +280,7 @@ def _list_reaching(
         "FP": shape.first_tiles * pages,
         "FPP": power_of_two(shape.first_tiles * pages),
         "FN": power_of_two(shape.first_tiles * shape.tile),
-        "BJ": min(power_of_two(members), 1024 // pages),
+        "BJ": min(power_of_two(members), 2048 // pages),
     }
     keys = {"s_page": cache.key.stride(0), "s_head": cache.key.stride(1)}
     programs = (shape.first_tiles * shape.group, *tiles[1:])

@@ -89,7 +89,8 @@ def filter_kernel(
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, CLASSES: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr,
     WIDTH: tl.constexpr, GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, CHAINED: tl.constexpr,
+    SLOTS_FIRST: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Packs the candidates of one query head that lie above a lower bound of tau, with their
     slots, from one part in FP of the lists.
@@ -155,7 +156,7 @@ def filter_kernel(
         m_next = i_j + JC + o_j < b_count
         b_next = tl.load(p_score + i_j + JC + o_list, mask=m_next, other=-float("inf"))
         b_slot = o_list + i_j
-        if LISTED:
+        if SLOTS_FIRST:
             # Of pages that were chosen much is kept: all slots at once.
             b_slot = load_slots(
                 p_pages, p_slot, o_s, i_j + o_j, b_slot, i_j + o_j < b_count, entries, filtered, S,
@@ -166,7 +167,7 @@ def filter_kernel(
         tl.store(p_near_score + b_position, b_z, mask=m_stored)
         tl.store(p_near_slot + b_position, b_slot, mask=m_stored)
         kept += near
-    if not LISTED:
+    if not SLOTS_FIRST:
         # Places in the lists become slots. The program's other threads stored some of them.
         tl.debug_barrier()
         o_w = tl.arange(0, WIDTH)

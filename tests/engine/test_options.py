@@ -40,6 +40,8 @@ def options(**values):
         pytest.param({"selector": "gaussian", "page_size": 32}, 32, id="page-of-32"),
         pytest.param({"selector": "topk", "token_budget": 512, "page_size": 64}, 64, id="of-64"),
         pytest.param({"selector": "gaussian-paper"}, 16, id="gaussian-paper"),
+        pytest.param({"selector": "adaptive", "certificate": True}, 16, id="adaptive"),
+        pytest.param({"selector": "exact", "prune": True}, 16, id="exact, pruned"),
     ],
 )
 def test_every_selector_and_page_size_answers_right_while_leaving_pages_unread(settings, page_size):
