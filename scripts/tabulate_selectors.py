@@ -45,8 +45,9 @@ def cells(row: Row | None) -> tuple[str, ...]:
 
 
 def at_equal_pages(rows: list[Row], pages: float) -> Row | None:
-    """Of the adaptive rows the one that reads most, but no more pages, if any does."""
-    fitting = [r for r in rows if r["selector"].startswith("adaptive") and r["pages_read"] <= pages]
+    """Of the adaptive rows the one that reads most, but at most 5% more pages, if any does."""
+    most = 1.05 * pages
+    fitting = [r for r in rows if r["selector"].startswith("adaptive") and r["pages_read"] <= most]
     return max(fitting, key=lambda row: row["pages_read"], default=None)
 
 
