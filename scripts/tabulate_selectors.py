@@ -1,8 +1,6 @@
-"""Tables of docs/fidelity.md that compare selectors: on one model, synthetic and recorded heads."""
+"""Tables of docs/fidelity.md that compare selectors on synthetic and on recorded heads."""
 
 import json
-import math
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ PAPER = "gaussian-paper"
 DEFAULT = "adaptive, margin 1.1"
 NEEDLE_SELECTORS = [PAPER, DEFAULT, "guard 0.00%, margin 1.1", "guard 6.25%, margin 1.1"]
 NEEDLE_SELECTORS += ["guard 12.50%, margin 1.1", "topk, 12.50%"]
-MODEL_PARTS = ("perplexity", "attention", "tasks")
 
 Row = dict[str, Any]
 
@@ -99,114 +96,3 @@ def study_tables() -> Iterator[str]:
         for model, layer in recorded
     ]
     yield from table_lines(["recorded from", "layer", *STUDY_TITLES], rows)
-
-
-def of_model(part: str) -> tuple[list[Row], str]:
-    """The rows of one part of the evaluation of one trained model, and what they were made on."""
-    path = RESULTS / f"fidelity-entmax-{part}.json"
-    result = load(path)
-    return result[part], made_on(result, path)
-
-
-def more_than_exact(row: Row, exact: Row) -> str:
-    """By how much perplexity is above that of exact decoding, with the standard error of the mean
-    over sequences."""
-    pairs = zip(row["by_sequence"], exact["by_sequence"], strict=True)
-    more = [ours - theirs for ours, theirs in pairs]
-    error = statistics.stdev(more) / len(more) ** 0.5
-    return f"{math.expm1(statistics.mean(more)):+.2%} ± {error:.2%}"
-
-
-def mean_of(rows: list[Row], measure: str) -> float:
-    return float(sum(row[measure]["mean"] for row in rows) / len(rows))
-
-
-def attention_by_selector(context: int) -> dict[str, dict[str, float]]:
-    """Means over layers, and worst layers, of what each selector drops at one context."""
-    found: dict[str, list[Row]] = {}
-    for row in of_model("attention")[0]:
-        if row["context"] == context:
-            found.setdefault(row["selector"], []).append(row)
-    return {
-        name: {
-            "pages_read": mean_of(rows, "pages_read"),
-            "dropped_mass": mean_of(rows, "dropped_mass"),
-            "output_error": mean_of(rows, "output_error"),
-            "support_recall": mean_of(rows, "support_recall"),
-            "least_recall": min(row["support_recall"]["mean"] for row in rows),
-            "nothing_dropped": sum(row["nothing_dropped"] for row in rows) / len(rows),
-        }
-        for name, rows in found.items()
-    }
-
-
-def selector_tables() -> Iterator[str]:
-    """Of one trained model: perplexity and attention by selector, and needles that were missed."""
-    made = {part: of_model(part)[1] for part in MODEL_PARTS}
-    yield from ["### Selectors on a trained model", "", *made.values(), ""]
-    rows = of_model("perplexity")[0]
-    exact = {row["context"]: row for row in rows if row["selector"] == "exact"}
-    titles = ["context", "selector", "pages read", "perplexity per byte", "more than `exact`"]
-    lines: list[tuple[object, ...]] = [
-        (
-            row["context"],
-            f"`{row['selector']}`",
-            f"{row['pages_read']:.1%}",
-            f"{math.exp(row['nats_per_byte']):.4f}",
-            more_than_exact(row, exact[row["context"]]) if row["selector"] != "exact" else "",
-        )
-        for row in rows
-    ]
-    yield from [*table_lines(titles, lines), ""]
-    contexts = sorted({row["context"] for row in of_model("attention")[0]}, reverse=True)
-    lines = [
-        (
-            context,
-            f"`{name}`",
-            f"{found['pages_read']:.1%}",
-            number(found["dropped_mass"]),
-            number(found["output_error"]),
-            f"{found['support_recall']:.4f}",
-            f"{found['least_recall']:.4f}",
-            f"{found['nothing_dropped']:.1%}",
-        )
-        for context in contexts
-        for name, found in sorted(
-            attention_by_selector(context).items(), key=lambda item: item[1]["pages_read"]
-        )
-    ]
-    titles = ["context", "selector", "pages read", "dropped mass", "output error", "recall"]
-    titles += ["of the worst layer", "nothing dropped"]
-    yield from [*table_lines(titles, lines), ""]
-    yield from ["Tasks that `exact` solves and a selector does not (and the reverse):", ""]
-    yield from [*needle_lines(), ""]
-
-
-def lost_and_won() -> dict[tuple[str, int, str], tuple[int, int, int, float]]:
-    """By task, context and selector: tasks that exact decoding solves, those of them that the
-    selector does not, those that only the selector solves, and the share of pages read."""
-    rows = of_model("tasks")[0]
-    exact = {(r["task"], r["context"]): r["solved"] for r in rows if r["selector"] == "exact"}
-    found = {}
-    for row in rows:
-        pairs = list(zip(exact[row["task"], row["context"]], row["solved"], strict=True))
-        lost = sum(truth and not ours for truth, ours in pairs)
-        won = sum(ours and not truth for truth, ours in pairs)
-        place = row["task"], row["context"], row["selector"]
-        found[place] = sum(truth for truth, _ in pairs), lost, won, row["pages_read"]
-    return found
-
-
-def needle_lines() -> list[str]:
-    found = lost_and_won()
-    selectors = [s for s in dict.fromkeys(place[2] for place in found) if s != "exact"]
-    lines = []
-    for task, context in dict.fromkeys(place[:2] for place in found):
-        solved = found[task, context, "exact"][0]
-        row = [task, context, solved]
-        for selector in selectors:
-            place = found.get((task, context, selector))
-            row.append("-" if place is None else f"{place[1]} ({place[2]}), {place[3]:.0%}")
-        lines.append(row)
-    titles = ["task", "context", "solved by `exact`", *(f"`{s}`, pages read" for s in selectors)]
-    return table_lines(titles, lines)
