@@ -18,7 +18,12 @@ BF16 = torch.bfloat16 if DEVICE == "cuda" else FP16
 
 EXACT = (Exact(),)
 TOPK = (TopK(40), TopK(128), TopK(200), Exact())
-GAUSSIAN = (Gaussian(), Gaussian(quantile=0.9, safety=0.02), Exact())
+GAUSSIAN = (
+    Gaussian(),
+    Gaussian(quantile=0.9, safety=0.02),
+    Gaussian(shared_spread=True),
+    Exact(),
+)
 ADAPTIVE = (
     Adaptive(first_pages=4, guard=1 / 4),
     Adaptive(reach=1.0, first_pages=2, guard=0),

@@ -1,41 +1,27 @@
 """Put what selectors drop into docs/fidelity.md, from the raw data in docs/results."""
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import measure_fidelity
 from tables import put_tables, table_lines
+from tabulate_selectors import (
+    RESULTS,
+    Row,
+    load,
+    made_on,
+    number,
+    study_tables,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "fidelity.md"
-RESULTS = DOCS / "results"
-STUDY = RESULTS / "fidelity-selectors.json"
 DEMO = RESULTS / "fidelity-demo-model.json"
 TWINS = {"entmax": 1.5, "softmax": 1.0}
 LAYERED = ("gaussian", "topk:1024", "adaptive:1.75", "adaptive:2.25")
-PAPER = "gaussian"
-DEFAULT = "adaptive, reach 1.75"
-NEEDLE_SELECTORS = [PAPER, DEFAULT, "unguarded, reach 1.75"]
-NEEDLE_SELECTORS += ["guard 6.25%, reach 1.75", "guard 12.50%, reach 1.75", "topk, 12.50%"]
-
-Row = dict[str, Any]
-
-
-def load(path: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
-
-
-def made_on(result: dict[str, Any], path: Path) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    commit = f", commit {result['commit'][:12]}" if "commit" in result else ""
-    where = result["gpu"] or "CPU"
-    return f"[{path.name}](results/{path.name}): {where}, {versions}{commit}, {result['date']}."
 
 
 def part_of_twins(name: str, part: str) -> tuple[list[Row], str]:
@@ -43,74 +29,6 @@ def part_of_twins(name: str, part: str) -> tuple[list[Row], str]:
     path = RESULTS / f"fidelity-twins-{name}-{part}.json"
     result = load(path)
     return result[result["arguments"]["parts"].strip("[']")], made_on(result, path)
-
-
-def number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2g}"
-
-
-def cells(row: Row | None) -> tuple[str, ...]:
-    """Pages read, dropped mass and support recall."""
-    if row is None:
-        return "-", "-", "-"
-    recall = f"{row['support_recall']:.4f}"
-    return f"{row['pages_read']:.1%}", number(row["dropped_mass"]), recall
-
-
-def at_equal_pages(rows: list[Row], pages: float) -> Row | None:
-    """Of the adaptive rows the one with the widest reach that reads no more pages, if any does."""
-    fitting = [r for r in rows if r["selector"].startswith("adaptive") and r["pages_read"] <= pages]
-    return max(fitting, key=lambda row: row["pages_read"], default=None)
-
-
-def missed(row: Row | None) -> str:
-    return "-" if row is None else f"{row['needles_missed']:.0%} ({row['pages_read']:.0%})"
-
-
-def study_row(rows: list[Row]) -> tuple[str, ...]:
-    by_name = {row["selector"]: row for row in rows}
-    paper = by_name[PAPER]
-    equal = at_equal_pages(rows, paper["pages_read"])
-    reach = "-" if equal is None else equal["selector"].removeprefix("adaptive, reach ")
-    return (*cells(paper), reach, *cells(equal), *cells(by_name[DEFAULT]))
-
-
-STUDY_TITLES = ["`gaussian` reads", "drops", "recall"]
-STUDY_TITLES += ["reach", "`adaptive` reads", "drops", "recall"]
-STUDY_TITLES += ["`adaptive` 1.75 reads", "drops", "recall"]
-
-
-def study_tables() -> list[str]:
-    result = load(STUDY)
-    lines = ["### Selectors on synthetic and recorded heads", "", made_on(result, STUDY), ""]
-    places = dict.fromkeys((r["keys"], r["length"]) for r in result["synthetic"])
-    rows: list[tuple[object, ...]] = []
-    needles: list[tuple[object, ...]] = []
-    for keys, length in places:
-        here = [r for r in result["synthetic"] if (r["keys"], r["length"]) == (keys, length)]
-        rows.append((keys, length, *study_row([r for r in here if not r["needle"]])))
-        with_needle = [r for r in here if r["needle"]]
-        by_name = {r["selector"]: r for r in with_needle}
-        shown: list[Row | None] = [by_name[name] for name in NEEDLE_SELECTORS]
-        shown.insert(1, at_equal_pages(with_needle, by_name[PAPER]["pages_read"]))
-        needles.append((keys, length, *map(missed, shown)))
-    lines += table_lines(["keys", "length", *STUDY_TITLES], rows)
-    titles = ["keys and a needle", "length", "`gaussian`", "`adaptive` at equal pages"]
-    titles += ["`adaptive` 1.75", "without its guard", "guard of 6.25%", "of 12.5%", "`topk` 12.5%"]
-    lines += ["", "Share of needles missed, and of pages read:"]
-    lines += ["", *table_lines(titles, needles), ""]
-    recorded = dict.fromkeys((row["model"], row["layer"]) for row in result["recorded"])
-    rows = [
-        (
-            model,
-            layer,
-            *study_row(
-                [r for r in result["recorded"] if (r["model"], r["layer"]) == (model, layer)]
-            ),
-        )
-        for model, layer in recorded
-    ]
-    return [*lines, *table_lines(["recorded from", "layer", *STUDY_TITLES], rows)]
 
 
 def more_than_exact(row: Row, exact: Row) -> str:
@@ -243,7 +161,7 @@ def attention_tables() -> Iterator[str]:
 
 def tables() -> str:
     demo = load(DEMO)
-    lines = [*perplexity_tables(), *task_tables(), *attention_tables(), *study_tables(), ""]
+    lines = [*study_tables(), "", *perplexity_tables(), *task_tables(), *attention_tables(), ""]
     lines += ["### The demo model, through the engine that serves it", "", made_on(demo, DEMO), ""]
     return "\n".join([*lines, measure_fidelity.table(demo)])
 

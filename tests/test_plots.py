@@ -133,6 +133,9 @@ BUDGETS = {
         *(drop("topk:256", layer, 0.1, 0.02 + layer / 100) for layer in (0, 1)),
         *(drop("topk:1024", layer, 0.4, 0.0) for layer in (0, 1)),
         drop("gaussian", 0, 0.5, 1e-4),
+        drop("adaptive:margin=1.1", 0, 0.2, 1e-3),
+        drop("adaptive:margin=1", 0, 0.1, 2e-3),
+        drop("adaptive:reach=2,guard=0", 0, 0.3, 1e-3),
     ],
 }
 
@@ -151,6 +154,8 @@ def test_budgets_of_a_selector_are_one_line_of_the_means_over_layers(matplotlib,
     assert lines == [
         ("topk, 4k tokens", [0.1, 0.4], [0.025, 0]),
         ("gaussian, 4k tokens", [0.5], [1e-4]),
+        ("adaptive, 4k tokens", [0.1, 0.2], [2e-3, 1e-3]),
+        ("adaptive by reach, guard=0, 4k tokens", [0.3], [1e-3]),
     ]
 
 

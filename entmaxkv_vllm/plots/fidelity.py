@@ -10,6 +10,10 @@ SMALLEST = 1e-8
 """Dropped mass below which the axis is linear, so that it has a place for 0."""
 
 
+BUDGETS = ("token_budget", "margin")
+"""Settings whose names go without saying."""
+
+
 @dataclass(frozen=True)
 class Drop:
     """Shares, of one selector in one layer (and at one context, if known)."""
@@ -24,8 +28,12 @@ class Drop:
 
     @property
     def kind(self) -> str:
-        """The selector without its budget."""
-        return self.selector.partition(":")[0]
+        """The selector without its budget, the first of its settings."""
+        name, _, settings = self.selector.partition(":")
+        budget, *others = settings.split(",")
+        of, named, _ = budget.partition("=")
+        by = f" by {of}" if named and of not in BUDGETS else ""
+        return ", ".join([name + by, *others])
 
 
 def drops_of(result: Mapping[str, Any]) -> list[Drop]:

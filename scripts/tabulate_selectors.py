@@ -1,0 +1,98 @@
+"""Tables of docs/fidelity.md that compare selectors on synthetic and on recorded heads."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tables import table_lines
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+STUDY = RESULTS / "fidelity-selectors.json"
+PAPER = "gaussian-paper"
+DEFAULT = "adaptive, margin 1.1"
+NEEDLE_SELECTORS = [PAPER, DEFAULT, "guard 0.00%, margin 1.1", "guard 6.25%, margin 1.1"]
+NEEDLE_SELECTORS += ["guard 12.50%, margin 1.1", "topk, 12.50%"]
+
+Row = dict[str, Any]
+
+
+def load(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def made_on(result: dict[str, Any], path: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    commit = f", commit {result['commit'][:12]}" if "commit" in result else ""
+    where = result["gpu"] or "CPU"
+    return f"[{path.name}](results/{path.name}): {where}, {versions}{commit}, {result['date']}."
+
+
+def number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+def cells(row: Row | None) -> tuple[str, ...]:
+    """Pages read, dropped mass and support recall."""
+    if row is None:
+        return "-", "-", "-"
+    recall = f"{row['support_recall']:.4f}"
+    return f"{row['pages_read']:.1%}", number(row["dropped_mass"]), recall
+
+
+def at_equal_pages(rows: list[Row], pages: float) -> Row | None:
+    """Of the adaptive rows the one that reads most, but at most 5% more pages, if any does."""
+    most = 1.05 * pages
+    fitting = [r for r in rows if r["selector"].startswith("adaptive") and r["pages_read"] <= most]
+    return max(fitting, key=lambda row: row["pages_read"], default=None)
+
+
+def missed(row: Row | None) -> str:
+    return "-" if row is None else f"{row['needles_missed']:.0%} ({row['pages_read']:.0%})"
+
+
+def study_row(rows: list[Row]) -> tuple[str, ...]:
+    by_name = {row["selector"]: row for row in rows}
+    paper = by_name[PAPER]
+    equal = at_equal_pages(rows, paper["pages_read"])
+    margin = "-" if equal is None else equal["selector"].removeprefix("adaptive, margin ")
+    return (*cells(paper), margin, *cells(equal), *cells(by_name[DEFAULT]))
+
+
+STUDY_TITLES = ["`gaussian-paper` reads", "drops", "recall"]
+STUDY_TITLES += ["margin", "`adaptive` reads", "drops", "recall"]
+STUDY_TITLES += ["`adaptive` 1.1 reads", "drops", "recall"]
+
+
+def study_tables() -> Iterator[str]:
+    result = load(STUDY)
+    yield from ["### Selectors on synthetic and recorded heads", "", made_on(result, STUDY), ""]
+    places = dict.fromkeys((r["keys"], r["length"]) for r in result["synthetic"])
+    rows: list[tuple[object, ...]] = []
+    needles: list[tuple[object, ...]] = []
+    for keys, length in places:
+        here = [r for r in result["synthetic"] if (r["keys"], r["length"]) == (keys, length)]
+        rows.append((keys, length, *study_row([r for r in here if not r["needle"]])))
+        with_needle = [r for r in here if r["needle"]]
+        by_name = {r["selector"]: r for r in with_needle}
+        shown: list[Row | None] = [by_name[name] for name in NEEDLE_SELECTORS]
+        shown.insert(1, at_equal_pages(with_needle, by_name[PAPER]["pages_read"]))
+        needles.append((keys, length, *map(missed, shown)))
+    yield from table_lines(["keys", "length", *STUDY_TITLES], rows)
+    titles = ["keys and a needle", "length", "`gaussian-paper`", "`adaptive` at equal pages"]
+    titles += ["`adaptive` 1.1", "without its guard", "guard of 6.25%", "of 12.5%", "`topk` 12.5%"]
+    yield from ["", "Share of needles missed, and of pages read:"]
+    yield from ["", *table_lines(titles, needles), ""]
+    recorded = dict.fromkeys((row["model"], row["layer"]) for row in result["recorded"])
+    rows = [
+        (
+            model,
+            layer,
+            *study_row(
+                [r for r in result["recorded"] if (r["model"], r["layer"]) == (model, layer)]
+            ),
+        )
+        for model, layer in recorded
+    ]
+    yield from table_lines(["recorded from", "layer", *STUDY_TITLES], rows)
