@@ -6,10 +6,19 @@
 import triton
 import triton.language as tl
 
-from .entmax import newton_step, norm, weights_and_slopes
-from .prefill_tiles import load_rows, moments, page_offsets, partial_maxima, score
+from .entmax import norm, weights_and_slopes
+from .prefill_rough import (
+    LEAST,
+    SCALE,
+    bound_step,
+    is_rough,
+    rough_moments,
+    scaled_rows,
+    sum_bounds,
+    unscaled,
+)
+from .prefill_tiles import load_rows, page_offsets, score
 
-LEAST = tl.constexpr(-3e38)
 # How often the sample is read for a guess.
 GUESS_STEPS = tl.constexpr(3)
 
@@ -20,10 +29,11 @@ def add_sample(
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Mass and power of `count` tiles of keys that are `space` positions apart, and the largest of
-    their scores, [BM] each."""
+    """Mass and power of `count` tiles of keys that are `space` positions apart, and how far the
+    largest of their scores is above b_tau, zero at least, as `rough_moments`, [BM] each."""
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
-    b_mass, b_power, b_top = b_zero, b_zero, b_zero - float("inf")
+    rows, b_base, b_tau = scaled_rows(rows, b_base, b_tau, ORDER)
+    b_mass, b_power, b_top = b_zero, b_zero, b_zero
     # Pages are loaded an iteration ahead: a load that waits for another one in the same iteration
     # would take the stages of the pipeline.
     b_next = tl.load(p_table + (first + o_n * space).to(tl.uint32) // P)
@@ -34,11 +44,15 @@ def add_sample(
         b_offset = page_offsets(b_page, s_page) + (o_key.to(tl.uint32) % P) * D
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, _, b_tile_top = rough_moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-        b_top = tl.maximum(b_top, partial_maxima(b_z))
-    return tl.sum(b_mass, 1), tl.sum(b_power, 1), tl.max(b_top, 1)
+        b_top = tl.maximum(b_top, b_tile_top)
+    b_row_mass, b_row_power = unscaled(rows, tl.sum(b_mass, 1), tl.sum(b_power, 1), ORDER)
+    b_row_top = tl.max(b_top, 1)
+    if is_rough(rows, ORDER):
+        b_row_top *= 1.0 / SCALE
+    return b_row_mass, b_row_power, b_row_top
 
 
 @triton.jit
@@ -78,21 +92,21 @@ def guess_thresholds(
             D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
         )  # fmt: skip
         if i_s == 0:
-            b_bound += newton_step(
-                b_mass + b_sample_mass, b_power + b_sample_power, 1.0, b_exponent, ORDER
+            b_least, b_most = sum_bounds(
+                rows, b_mass + b_sample_mass, b_power + b_sample_power, recent - first, BN, ORDER
             )
+            b_bound += bound_step(b_least, b_most, b_exponent, ORDER)
         if steps == 1:
             b_guess = b_bound
         else:
             # The norm is convex: of the recent keys it is at least that of a straight line.
             b_recent = tl.maximum(b_norm - (b_guess - b_tau) * b_fall, 0.0)
             b_all, b_slope = weights_and_slopes(b_recent, b_exponent, ORDER)
-            b_most, b_most_slope = weights_and_slopes(
-                tl.maximum(b_top - b_guess, 0.0), b_exponent, ORDER
-            )
-            b_all += b_most + each * tl.maximum(b_sample_mass - b_most, 0.0)
-            b_slope = b_slope * b_fall + b_most_slope
-            b_slope += each * tl.maximum(b_sample_power - b_most_slope, 0.0)
+            b_top_mass, b_top_slope = weights_and_slopes(b_top, b_exponent, ORDER)
+            b_all += b_top_mass + each * tl.maximum(b_sample_mass - b_top_mass, 0.0)
+            b_slope = b_slope * b_fall + b_top_slope
+            b_slope += each * tl.maximum(b_sample_power - b_top_slope, 0.0)
             b_step = guess_step(b_all, b_slope, root, b_exponent, ORDER)
+            b_step = tl.where(b_sample_mass < float("inf"), b_step, 0.0)
             b_guess = tl.maximum(b_guess + b_step, b_bound)
     return b_bound, b_guess

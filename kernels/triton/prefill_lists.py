@@ -1,7 +1,7 @@
-"""The key units that a tile of prefill still reads, in one list.
+"""The key units that a tile of prefill still reads.
 
-The units that every row sees whole come first, so that all full key tiles of them need no masks;
-then those at the edge of the window and at the diagonal.
+Those that every row sees whole are in a list, which fills whole key tiles that need no masks. Those
+at the edge of the window and at the diagonal are few, and always read.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -20,65 +20,74 @@ from .prefill_tiles import (
     spread_units,
 )
 
+# A unit past all positions.
+NEVER = tl.constexpr(1 << 26)
+
+
+@triton.jit
+def unit_flags(p_words, o_unit, count):
+    """One for each of the units o_unit that is below `count` and flagged, else zero."""
+    b_word = tl.load(p_words + o_unit // 32, mask=o_unit < count, other=0)
+    return (b_word >> (o_unit % 32)) & 1
+
 
 @triton.jit
 def keep_flagged(
-    lists, p_words, p_table, start, count, certain, s_page,
-    D: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr,
+    lists, p_words, p_table, start, count, s_page,
+    EACH: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Packs those of `count` units that are flagged, or at `certain` or later, to the front of the
-    lists, and returns how many they are.
+    """Packs those of `count` units that are flagged to the front of the lists, and as many of the
+    others, which weigh nothing, as make a multiple of EACH; returns how many they are.
 
-    FIRST: they are not listed yet, but all those from unit `start` on.
+    FIRST: they are not listed yet, but all those from unit `start` on. count: a multiple of EACH.
     """
     p_units, p_offsets = lists
     o_c = tl.arange(0, BC)
-    kept = count * 0
+    flagged = count * 0
     # Flags and entries were stored by other threads.
     tl.debug_barrier()
+    if EACH > 1:
+        for i_c in tl.range(0, count, BC, num_stages=1):
+            flagged += tl.sum(unit_flags(p_words, i_c + o_c, count), 0)
+    spare = (EACH - flagged % EACH) % EACH
+    flagged = count * 0
     for i_c in tl.range(0, count, BC, num_stages=1):
         o_e = i_c + o_c
-        b_word = tl.load(p_words + o_e // 32, mask=o_e < count, other=0)
-        m_kept = ((b_word >> (o_e % 32)) & 1) | (o_e >= certain).to(tl.int32)
-        m_kept = tl.where(o_e < count, m_kept, 0)
+        b_flag = unit_flags(p_words, o_e, count)
         b_unit = start + o_e
         if not FIRST:
             b_unit = tl.load(p_units + o_e, mask=o_e < count, other=0)
             tl.debug_barrier()
-        o_kept = kept + tl.cumsum(m_kept, 0) - m_kept
-        b_offset = row_offsets(p_table, b_unit * UNIT, m_kept > 0, s_page, D, P)
-        tl.store(p_units + o_kept, b_unit, mask=m_kept > 0)
-        tl.store(p_offsets + o_kept, b_offset, mask=m_kept > 0)
-        kept += tl.sum(m_kept, 0)
-    return kept
-
-
-@triton.jit
-def append_masked(lists, kept, first, whole, after, stop, BC: tl.constexpr):
-    """Lists units [first, whole) and [after, stop) behind those kept; returns how many are listed
-    now."""
-    p_units, _ = lists
-    o_c = tl.arange(0, BC)
-    edge = whole - first
-    count = edge + stop - after
-    for i_c in tl.range(0, count, BC, num_stages=1):
-        o_e = i_c + o_c
-        b_unit = tl.where(o_e < edge, first + o_e, after + o_e - edge)
-        tl.store(p_units + kept + o_e, b_unit, mask=o_e < count)
+        b_flagged = flagged + tl.cumsum(b_flag, 0)
+        b_others = o_e + 1 - b_flagged
+        m_kept = (o_e < count) & ((b_flag > 0) | (b_others <= spare))
+        o_kept = b_flagged + tl.minimum(b_others, spare) - 1
+        b_offset = row_offsets(p_table, b_unit * UNIT, m_kept, s_page, D, P)
+        tl.store(p_units + o_kept, b_unit, mask=m_kept)
+        tl.store(p_offsets + o_kept, b_offset, mask=m_kept)
+        flagged += tl.sum(b_flag, 0)
     tl.debug_barrier()
-    return kept + count
+    return flagged + spare
 
 
 @triton.jit
-def masked_keys(rows, p_units, i_t, listed, BN: tl.constexpr):
-    """Positions [BN] of a listed key tile, and which of them are of the sequence."""
+def masked_units(edges):
+    """How many units are seen by some rows only: [first, whole) and [after, stop) of edges."""
+    first, whole, after, stop = edges
+    return whole - first + stop - after
+
+
+@triton.jit
+def masked_keys(rows, edges, i_t, BN: tl.constexpr):
+    """Positions [BN] of the masked key tile i_t, and which of them are of the sequence."""
     position, count, lowest = rows[5], rows[6], rows[7]
+    first, whole, after, _stop = edges
     o_e = i_t * (BN // UNIT) + tl.arange(0, BN // UNIT)
-    # Negative ones for none.
-    b_first = tl.load(p_units + o_e, mask=o_e < listed, other=-1) * UNIT
+    b_unit = tl.where(o_e < whole - first, first + o_e, after + o_e - (whole - first))
+    # Those past the last one are at positions that no row sees.
+    b_first = tl.where(o_e < masked_units(edges), b_unit, NEVER) * UNIT
     o_key = spread_units(b_first, BN) + places(BN)
-    m_key = (o_key >= lowest) & (o_key < position + count)
-    return tl.where(m_key, o_key, position + count), m_key  # one that no row sees
+    return o_key, (o_key >= lowest) & (o_key < position + count)
 
 
 @triton.jit

@@ -17,14 +17,23 @@ import triton
 import triton.language as tl
 
 from .entmax import longest_step, newton_step
-from .prefill_guess import LEAST, guess_step, guess_thresholds
+from .prefill_guess import guess_thresholds
 from .prefill_lists import (
-    append_masked,
     keep_flagged,
     listed_rows,
     masked_keys,
     masked_scores,
+    masked_units,
     next_rows,
+)
+from .prefill_rough import (
+    LEAST,
+    bound_step,
+    bound_step_down,
+    rough_moments,
+    scaled_rows,
+    sum_bounds,
+    unscaled,
 )
 from .prefill_tiles import (
     UNIT,
@@ -64,6 +73,37 @@ def recent_scores(
 
 
 @triton.jit
+def guess_tile(
+    rows, m_row, p_base, p_key, p_table, b_zero, first, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    SAMPLED: tl.constexpr, GUESSED: tl.constexpr, GUESSED_FROM: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Base, lower bound and guess [BM] from the last keys and a sample of those from `first` on."""
+    b_exponent, last = rows[3], rows[5] + rows[6]
+    b_base = tl.zeros_like(b_exponent)
+    b_z = recent_scores(rows, b_base, p_key, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
+    if rows[0].dtype == tl.float32:
+        b_peak = tl.max(b_z, 1)
+        b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
+        tl.store(p_base, b_base)
+        # Once more, that its scores are less the base in one rounding, as all later ones.
+        b_z = recent_scores(rows, b_base, p_key, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
+    # No finite bound and no visible key make NaN of their difference.
+    b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
+    b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+    for _ in tl.static_range(RECENT_STEPS):
+        b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
+        b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+    b_bound, b_tau = guess_thresholds(
+        rows, b_base, p_key, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
+        first, tl.maximum(last - BN, first), s_page, D, DP, P, BN,
+        SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+    )  # fmt: skip
+    return b_base, b_bound, tl.where(m_row, b_tau, float("inf"))
+
+
+@triton.jit
 def gather_flags(p_words, b_flags, b_tile_flags, i_t, count, EACH: tl.constexpr):
     """Adds the EACH flags of tile i_t of `count` to those of the tiles before it, and stores them
     where their word is complete; returns those of a word that is not."""
@@ -76,13 +116,15 @@ def gather_flags(p_words, b_flags, b_tile_flags, i_t, count, EACH: tl.constexpr)
 
 @triton.jit
 def add_all(
-    rows, b_base, p_key, p_table, p_words, b_tau, b_mass, b_power, b_count, first, count, s_page,
+    rows, b_base, p_key, p_table, p_words, b_tau, b_zero, first, count, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the moments of `count` tiles of keys from the multiple `first` of BN on, and flags the
-    units with a score above the bound. The loads as in `prefill_guess.add_sample`."""
+    """Mass and power [BM] of `count` tiles of keys from the multiple `first` of BN on, from
+    `rough_moments`, and flags of the units. The loads as in `prefill_guess.add_sample`."""
     o_n, o_d = tl.arange(0, BN), tl.arange(0, DP)
+    rows, b_base, b_tau = scaled_rows(rows, b_base, b_tau, ORDER)
+    b_mass, b_power = b_zero, b_zero
     each: tl.constexpr = BN // UNIT.value
     b_flags = tl.zeros([rows[0].shape[0] // 16, 8, 4], tl.int32)
     b_next = next_pages(p_table, first, 0, count, BN, P)
@@ -92,12 +134,11 @@ def add_all(
         o_key = first + tile_keys(i_t, BN)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, b_tile_flags, _ = rough_moments(rows, b_z, b_tau, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
-        b_count += b_tile_count
         b_flags = gather_flags(p_words, b_flags, b_tile_flags, i_t, count, each)
-    return b_mass, b_power, b_count
+    return unscaled(rows, tl.sum(b_mass, 1), tl.sum(b_power, 1), ORDER)
 
 
 @triton.jit
@@ -126,13 +167,14 @@ def add_listed(
 
 @triton.jit
 def add_masked(
-    rows, b_base, p_key, p_table, p_units, b_tau, b_mass, b_power, b_count, start, listed, s_page,
+    rows, b_base, p_key, p_table, edges, b_tau, b_zero, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds those of the listed key tiles from `start` on, with masks."""
-    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
-        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
+    """The moments of the key tiles that need masks."""
+    b_mass, b_power, b_count = b_zero, b_zero, b_zero
+    for i_t in tl.range(0, tl.cdiv(masked_units(edges), BN // UNIT), num_stages=1):
+        o_key, m_key = masked_keys(rows, edges, i_t, BN)
         b_z, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
@@ -141,6 +183,24 @@ def add_masked(
         b_power += b_tile_power
         b_count += b_tile_count
     return b_mass, b_power, b_count
+
+
+@triton.jit
+def read_all(
+    rows, b_base, p_key, p_table, p_words, edges, b_tau, b_zero, first, count, s_page,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mass and power [BM] of all keys, and the flags of the units that no row needs masks for."""
+    b_row_mass, b_row_power = add_all(
+        rows, b_base, p_key, p_table, p_words, b_tau, b_zero, first, count,
+        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
+    )  # fmt: skip
+    b_mass, b_power, _ = add_masked(
+        rows, b_base, p_key, p_table, edges, b_tau, b_zero,
+        s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+    )  # fmt: skip
+    return b_row_mass + tl.sum(b_mass, 1), b_row_power + tl.sum(b_power, 1)
 
 
 @triton.jit
@@ -206,54 +266,47 @@ def prefill_thresholds_kernel(
             o_row = (i_h * slab + i_slab).to(tl.int64) * BM + tl.arange(0, BM)
             p_word = p_words + (i_h * slab + i_slab).to(tl.int64) * s_words
 
-            b_base = tl.zeros([BM], tl.float32)
-            b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
-            if rows[0].dtype == tl.float32:
-                b_peak = tl.max(b_z, 1)
-                b_base = tl.where(b_peak > -float("inf"), b_peak, 0.0)
-                tl.store(p_base + o_row, b_base)
-                # Once more, that its scores are less the base in one rounding, as all later ones.
-                b_z = recent_scores(rows, b_base, p_k, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
-            # No finite bound and no visible key make NaN of their difference.
-            b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-            b_mass, b_power, b_count, _ = moments(rows, b_z, b_tau, ORDER)
             b_zero = tl.zeros([BM, 8], tl.float32)
-            for _ in tl.static_range(RECENT_STEPS):
-                b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-                b_mass, b_power, b_count, _ = moments(rows, b_z, b_tau, ORDER)
-
             _first, whole, after, _stop = key_tiles(position, count, lowest, window, BN, WINDOW)
-            b_bound, b_tau = guess_thresholds(
-                rows, b_base, p_k, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
-                whole * BN, tl.maximum(position + count - BN, whole * BN), s_page, D, DP, P, BN,
-                SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+            b_base, b_bound, b_tau = guess_tile(
+                rows, m_row, p_base + o_row, p_k, p_table, b_zero, whole * BN, s_page,
+                D, DP, P, BN, SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
-            b_tau = tl.where(m_row, b_tau, float("inf"))
 
-            first, stop = lowest // UNIT, (position + count - 1) // UNIT + 1
             start, units = whole * each, (after - whole) * each
-            listed = append_masked(lists, 0, first, start, start + units, stop, BC)
+            edges = lowest // UNIT, start, start + units, (position + count - 1) // UNIT + 1
+            keys = position + count - lowest
+            b_row_mass, b_row_power = b_tau, b_tau
             unproved = 1
             while unproved > 0:
-                b_mass, b_power, b_count = add_masked(
-                    rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, 0, listed,
-                    s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                b_row_mass, b_row_power = read_all(
+                    rows, b_base, p_k, p_table, p_word, edges, b_tau, b_zero, whole * BN,
+                    after - whole, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
-                b_mass, b_power, b_count = add_all(
-                    rows, b_base, p_k, p_table, p_word, b_tau, b_mass, b_power, b_count,
-                    whole * BN, after - whole, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
-                )  # fmt: skip
-                b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
+                b_least, b_most = sum_bounds(rows, b_row_mass, b_row_power, keys, BN, ORDER)
                 # A guess with less mass than one is above the threshold.
-                m_wrong = (b_row_mass < LEAST_MASS) & (b_tau > b_bound)
+                m_wrong = (b_least[0] < LEAST_MASS) & (b_tau > b_bound)
                 unproved = tl.max(m_wrong.to(tl.int32), 0)
                 if unproved > 0:
-                    b_step = guess_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                    b_step = bound_step_down(b_least, b_most, b_exponent, ORDER)
                     b_bound = tl.where(m_wrong, tl.maximum(b_tau + b_step, b_bound), b_tau)
                     b_tau = b_bound
-            kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
+            b_least, b_most = sum_bounds(rows, b_row_mass, b_row_power, keys, BN, ORDER)
+            b_tau += bound_step(b_least, b_most, b_exponent, ORDER)
+            kept = keep_flagged(lists, p_word, p_table, start, units, s_page, each, D, P, BC, True)
             unfinished = 1
             while unfinished > 0:
+                b_mass, b_power, b_count = add_masked(
+                    rows, b_base, p_k, p_table, edges, b_tau, b_zero,
+                    s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
+                )  # fmt: skip
+                b_mass, b_power, b_count = add_listed(
+                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_count,
+                    kept // each, D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
+                )  # fmt: skip
+                kept = keep_flagged(
+                    lists, p_word, p_table, start, kept, s_page, each, D, P, BC, False
+                )
                 b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
                 b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
                 m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
@@ -268,20 +321,6 @@ def prefill_thresholds_kernel(
                     b_last = tl.where(m_near, 0.5 * (b_step + b_longest), b_step)
                 unfinished = tl.max(m_unfinished.to(tl.int32), 0)
                 b_tau += tl.where(unfinished > 0, b_step, b_last)
-                if unfinished > 0:
-                    listed = append_masked(lists, kept, first, start, start + units, stop, BC)
-                    full = kept // each
-                    b_mass, b_power, b_count = add_masked(
-                        rows, b_base, p_k, p_table, lists[0], b_tau, b_zero, b_zero, b_zero, full,
-                        listed, s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
-                    )  # fmt: skip
-                    b_mass, b_power, b_count = add_listed(
-                        rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_count, full,
-                        D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
-                    )  # fmt: skip
-                    kept = keep_flagged(
-                        lists, p_word, p_table, start, kept, full * each, s_page, D, P, BC, False
-                    )
             tl.store(p_tau + o_row, b_tau)
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)

@@ -221,12 +221,6 @@ def partial_sums(b_x, FP32: tl.constexpr):
 
 
 @triton.jit
-def partial_maxima(b_x):
-    """The largest ones of every eighth column."""
-    return tl.max(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 8]), 1)
-
-
-@triton.jit
 def flag_units(b_part, units: tl.constexpr):
     """The units of a key tile that have a positive part or NaN, as bits, [BM / 16, 8, 4] int32.
 

@@ -8,11 +8,11 @@ import triton.language as tl
 
 from .entmax import FP16_WEIGHT, weigh_scores
 from .prefill_lists import (
-    append_masked,
     keep_flagged,
     listed_rows,
     masked_keys,
     masked_scores,
+    masked_units,
     next_rows,
 )
 from .prefill_tiles import UNIT, key_tiles, load_rows, load_tile, partial_sums, score
@@ -29,15 +29,15 @@ def weigh_values(b_z, b_tau, b_exponent, b_v, b_total, b_acc, ORDER: tl.constexp
 
 @triton.jit
 def attend_masked(
-    rows, b_base, p_key, p_value, p_table, p_units, b_tau, b_total, b_acc, start, listed, s_page,
+    rows, b_base, p_key, p_value, p_table, edges, b_tau, b_total, b_acc, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Adds the sums of weights [BM, 8] and of weighted values [BM, DP] of the listed key tiles
-    from `start` on, with masks."""
+    """Adds the sums of weights [BM, 8] and of weighted values [BM, DP] of the key tiles that
+    need masks."""
     b_q, b_exponent = rows[0], rows[3]
-    for i_t in tl.range(start, tl.cdiv(listed, BN // UNIT), num_stages=1):
-        o_key, m_key = masked_keys(rows, p_units, i_t, listed, BN)
+    for i_t in tl.range(0, tl.cdiv(masked_units(edges), BN // UNIT), num_stages=1):
+        o_key, m_key = masked_keys(rows, edges, i_t, BN)
         b_z, b_offset = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
@@ -123,19 +123,16 @@ def prefill_values_kernel(
             )
             start = whole * (FLAGGED_BN // UNIT)
             units = (after - whole) * (FLAGGED_BN // UNIT)
-            kept = keep_flagged(lists, p_word, p_table, start, units, units, s_page, D, P, BC, True)
-            listed = append_masked(
-                lists, kept, lowest // UNIT, start, start + units,
-                (position + count - 1) // UNIT + 1, BC,
-            )  # fmt: skip
-            full = kept // (BN // UNIT)
+            edges = lowest // UNIT, start, start + units, (position + count - 1) // UNIT + 1
+            # They fill key tiles as they are.
+            kept = keep_flagged(lists, p_word, p_table, start, units, s_page, 1, D, P, BC, True)
             b_total, b_acc = tl.zeros([BM, 8], tl.float32), tl.zeros([BM, DP], tl.float32)
             b_total, b_acc = attend_masked(
-                rows, b_base, p_k, p_v, p_table, lists[0], b_tau, b_total, b_acc, full, listed,
+                rows, b_base, p_k, p_v, p_table, edges, b_tau, b_total, b_acc,
                 s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
             )  # fmt: skip
             b_total, b_acc = attend_listed(
-                rows, b_base, p_k, p_v, lists, b_tau, b_total, b_acc, full,
+                rows, b_base, p_k, p_v, lists, b_tau, b_total, b_acc, kept // (BN // UNIT),
                 D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
             o_out = (token + o_q).to(tl.int64) * s_out_t + o_head * s_out_h

@@ -4,10 +4,18 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from reference.scene import make_scene
 from reference.test_precision import assert_no_worse, straightforward_attention
 
 from entmaxkv_kernels.triton.prefill import prefill
+from entmaxkv_kernels.triton.prefill_rough import (
+    rough_moments,
+    scaled_rows,
+    sum_bounds,
+    unscaled,
+)
 
 from .device import DEVICE, DTYPES, on_device
 
@@ -104,24 +112,60 @@ def test_equal_scores_all_have_weight(dtype):
     check(scene)
 
 
+@dtypes
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.1], ids="alpha {}".format)
 @pytest.mark.parametrize("others", [1, 150], ids=["one high key", "half of the keys high"])
-def test_high_scores_that_the_seed_misses_are_found(alpha, others):
-    scene = make_scene([400], kv_heads=1, group=1, dtype=torch.float32, filled=False)
+def test_high_scores_that_the_seed_misses_are_found(dtype, alpha, others):
+    """Of fp16 and alpha 1.5 they are too high for sums of fp16."""
+    scene = make_scene([400], kv_heads=1, group=1, dtype=dtype, filled=False)
     scene.query[0][:] = scene.query[0][0]
     scene.key[0][100 : 100 + others] += 20 * scene.query[0][:1] / scene.query[0][0].norm()
     scene.append_all()
     check(scene, [64], alpha=alpha)
 
 
+@dtypes
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.2], ids="alpha {}".format)
 @pytest.mark.parametrize("mass", [None, 1e-3, 1.5], ids=["bound", "guess too high", "guess"])
-def test_a_guess_is_proved_or_made_up_for(monkeypatch, mass, alpha):
+def test_a_guess_is_proved_or_made_up_for(monkeypatch, mass, alpha, dtype):
     """Made to show far less mass than one, the sample guesses above nearly every threshold."""
     if mass is not None:
         monkeypatch.setattr(launches, "GUESSED_FROM", 0)
         monkeypatch.setattr(launches, "GUESSED_MASS", mass)
-    check(make_scene([1500], kv_heads=1, dtype=torch.float32), [70], alpha=alpha)
+    check(make_scene([1500], kv_heads=1, dtype=dtype), [70], alpha=alpha)
+
+
+@triton.jit
+def rough_kernel(p_z, p_tau, p_bounds, keys, BM: tl.constexpr, BN: tl.constexpr):
+    """Bounds [4, BM] of the mass and power of z [BM, BN] above tau."""
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    b_one = tl.full([BM], 1.0, tl.float32)
+    b_z, b_tau = tl.load(p_z + o_m[:, None] * BN + o_n[None, :]), tl.load(p_tau + o_m)
+    # Of what the queries are, the dtype alone counts.
+    rows = b_one.to(tl.float16), b_one, b_one, b_one, o_m, 0, 0, 0, 0
+    rows, b_unit, b_tau = scaled_rows(rows, b_one, b_tau, 2)
+    b_mass, b_power, _, _ = rough_moments(rows, b_z * b_unit[:, None], b_tau, 2)
+    b_mass, b_power = unscaled(rows, tl.sum(b_mass, 1), tl.sum(b_power, 1), 2)
+    b_least, b_most = sum_bounds(rows, b_mass, b_power, keys, BN, 2)
+    tl.store(p_bounds + o_m, b_least[0])
+    tl.store(p_bounds + BM + o_m, b_least[1])
+    tl.store(p_bounds + 2 * BM + o_m, b_most[0])
+    tl.store(p_bounds + 3 * BM + o_m, b_most[1])
+
+
+@pytest.mark.parametrize("height", [1e-7, 1e-4, 1e-2, 1.0, 5.0, 100.0])
+def test_rough_sums_are_between_their_bounds(height):
+    torch.manual_seed(0)
+    z = torch.rand(16, 128, device=DEVICE) * height
+    z[8:] = z[8:, :1]  # equal ones, whose roundings add up
+    tau = torch.linspace(-0.5, 0.5, 16, device=DEVICE) * height
+    bounds = torch.full((4, 16), torch.nan, device=DEVICE)
+    rough_kernel[(1,)](z, tau, bounds, 128, 16, 128)
+    x = (z.double() - tau.double()[:, None]).clamp_min(0)
+    sums = torch.stack([x.square().sum(1), x.sum(1)])
+    assert ((bounds[:2] <= sums) & (sums <= bounds[2:]) | bounds[:2].isinf()).all()
+    if height <= 1:
+        assert (bounds[2:] - bounds[:2] <= 0.03 * sums + 1e-5).all()
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "not sampled"])
