@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .certificate import load_unread, store_certificate, sum_unread
-from .counters import SUPPORT
+from .counters import FALLBACKS, SUPPORT
 from .entmax import FP16_WEIGHT, newton_step, norm, weigh, weigh_scores, weights_and_slopes
 from .filter import DONE
 from .pages import ranked_pages
@@ -139,6 +139,9 @@ def fallback_kernel(
         if tl.max(b_state, 0) > DONE:
             i_b, i_h = i_row // HKV, i_row % HKV
             n = tl.load(p_seq_lens + i_b).to(tl.int32)
+            if COUNT and i_p == 0:
+                left = tl.sum(((b_state > DONE) & (n > 0)).to(tl.int64), 0)
+                tl.atomic_add(p_counters + FALLBACKS, left, sem="relaxed")
             p_pages, first, entries = page_source(
                 p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table,
                 list_stride, P, WINDOW, LISTED,
