@@ -30,21 +30,25 @@ class Counter(IntEnum):
     QUERY_HEADS = 5
     """Query heads that SUPPORT was summed over: SUPPORT / QUERY_HEADS is the mean support."""
 
-    CERTIFIED = 6
+    FALLBACKS = 6
+    """Query heads whose keys were all read once more, because a guess was too high or lists were
+    too short; the reference makes no guess."""
+
+    CERTIFIED = 7
     """Query heads whose certificate is 0: their output is the exact one. This and the following
     count by the size of the certificate, where one is asked for."""
 
-    BOUND_TO_1E_4 = 7
+    BOUND_TO_1E_4 = 8
     """Query heads whose certificate is above 0 and at most 1e-4."""
 
-    BOUND_TO_1E_3 = 8
-    BOUND_TO_1E_2 = 9
-    BOUND_TO_1E_1 = 10
+    BOUND_TO_1E_3 = 9
+    BOUND_TO_1E_2 = 10
+    BOUND_TO_1E_1 = 11
 
-    BOUND_BELOW_1 = 11
+    BOUND_BELOW_1 = 12
     """Those whose certificate is above 0.1 and below 1."""
 
-    VACUOUS = 12
+    VACUOUS = 13
     """Those whose certificate is 1, which says nothing."""
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..reference.adaptive import FIRST_SHARE
-from .certificate import TAU_ROUNDING
+from .certificate import TAU_ROUNDING, load_rounding
 from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, weights_and_slopes
 from .pages import NEVER, ranked_pages
 from .scores import (
@@ -166,21 +166,6 @@ def load_radii(p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head
 
 
 @triton.jit
-def load_slack(
-    p_rounding, i_row, b_tau, G: tl.constexpr, GW: tl.constexpr, PS: tl.constexpr,
-    PSP: tl.constexpr,
-):  # fmt: skip
-    """By how much rounding can put bounds too low beside thresholds b_tau [GW] of what was read:
-    that of bounds and the scores below them, of scores that were read, by which the threshold
-    moves, and of the threshold."""
-    o_g, o_s = tl.arange(0, GW), tl.arange(0, PSP)
-    mask = (o_s < PS)[:, None] & (o_g < G)[None, :]
-    p_r = p_rounding + (i_row * G + o_g)[None, :] * PS + o_s[:, None]
-    b_rounding = tl.max(tl.load(p_r, mask=mask, other=0.0), 0)
-    return 2.0 * b_rounding + TAU_ROUNDING * (1.0 + tl.abs(b_tau))
-
-
-@triton.jit
 def guards(b_height, BL: tl.constexpr, GUARD: tl.constexpr):
     """Of each GUARD neighbouring pages the earliest of those that are highest, unless all are at
     -inf; [BL] int32."""
@@ -194,9 +179,10 @@ def guards(b_height, BL: tl.constexpr, GUARD: tl.constexpr):
 
 @triton.jit
 def wanted_kernel(
-    p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_rounding,
-    p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
-    s_page, s_head, s_block_table, page_stride, exact_below, factor, exponent, margin, reach,
+    p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_span,
+    p_rounding, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
+    s_page, s_head, s_scale_page, s_scale_head, s_block_table, page_stride, exact_below, factor,
+    exponent, margin, reach,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr, FPP: tl.constexpr,
     FN: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
@@ -236,7 +222,11 @@ def wanted_kernel(
     b_tau = solve_heads(b_z, b_exponent, ORDER)
     b_above = b_reach - b_tau[None, :]
     if PROVE:
-        b_slack = load_slack(p_rounding, i_row, b_tau, G, GW, PS, PSP)
+        b_slack = load_rounding(
+            p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, i_row * G + o_g, m_g,
+            ranked, s_block_table, s_scale_page, s_scale_head, PS, PSP,
+        )  # fmt: skip
+        b_slack += TAU_ROUNDING * (1.0 + tl.abs(b_tau))
         b_more = (b_radius[:, None] - 1.0) * b_spread + b_slack[None, :]
     elif OWN_REACH:
         b_own = reach_of_heads(p_first_reach, i_row, classes, margin, G, GW, D, FP, FPP)

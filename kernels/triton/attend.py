@@ -9,7 +9,7 @@ Programs that share a head by the parts of its size solve the threshold and weig
 import triton
 import triton.language as tl
 
-from .certificate import certify
+from .certificate import load_unread, store_certificate, sum_unread
 from .counters import SUPPORT, count_step
 from .entmax import (
     EXCESS_MASS,
@@ -22,6 +22,7 @@ from .entmax import (
     weights_and_slopes,
 )
 from .filter import DONE, LEFT
+from .pages import ranked_pages
 from .scores import allow_next, await_previous
 
 
@@ -126,17 +127,19 @@ def store_head(
         tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+# Bounds whose rows are not aligned have one element per thread in loads, as marks have.
+@triton.jit(do_not_specialize=["page_stride"])
 def attend_kernel(
     p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
-    p_barrier, p_out, p_counters, p_listed_count, p_certificate, p_bound, p_unread, p_rounding,
-    p_unread_mass, p_possible, p_arrived,
-    s_out_b, s_out_h, s_page, s_head, window, limit, factor, exponent, value_scale, page_stride,
-    s_certificate,
+    p_barrier, p_out, p_counters, p_block_table, p_exact_rows, p_listed_count, p_certificate,
+    p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    s_out_b, s_out_h, s_page, s_head, s_block_table, window, limit, exact_below, factor, exponent,
+    value_scale, page_stride, s_scale_page, s_scale_head, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr,
-    PSP: tl.constexpr, BC: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    PSP: tl.constexpr, BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    COUNT: tl.constexpr,
     CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
@@ -174,21 +177,33 @@ def attend_kernel(
     # What is first is under way while the threshold is solved, and later what is next.
     b_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
     b_slot = load_near(p_near_slot, b_count, o_f, o_j, limit, 0)
+    if CERTIFY > 0:
+        i_row = i_b * HKV + i_h
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        unread, rounding, b_bound, b_unread = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+            i_h, i_row, i_head, i_d, n, ranked, s_block_table, page_stride, s_scale_page,
+            s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
+        )  # fmt: skip
+        peak = tl.load(p_peak + i_head)
+        tl.debug_barrier()
     lower = tl.load(p_lower + i_head)
     tau = solve_near(p_near_score, p_near_count, longest, lower, limit, b, FP, R, ORDER)
+    if CERTIFY > 0:
+        bound, complete = sum_unread(
+            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row, i_head,
+            i_d, ranked, tau, peak, b, page_stride, P, BC, DS, CERTIFY, ORDER, False,
+        )  # fmt: skip
 
     b_acc, total, support = sum_values(
         p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit,
         tau, b, s_page, D, P, BV // FP, ORDER,
     )  # fmt: skip
+    if CERTIFY > 0:
+        store_certificate(
+            p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT
+        )
     store_head(
         p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h,
         value_scale, D, COUNT,
     )  # fmt: skip
-    if CERTIFY > 0:
-        peak = tl.load(p_peak + i_head)
-        certify(
-            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
-            p_arrived, p_listed_count, i_b, i_b * HKV + i_h, i_hq, i_head, i_d, n, tau, peak, b,
-            page_stride, s_certificate, P, PS, PSP, BC, DS, LISTED, CERTIFY, COUNT, ORDER, False,
-        )  # fmt: skip

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from .attend import load_near, solve_held, store_head, sum_values
-from .certificate import certify
+from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
 from .entmax import head_parameters
 from .filter import DONE, LEFT, pack_above
+from .pages import ranked_pages
 from .scores import allow_next, await_previous, page_source, prefetch
 
 # How far below the largest score of a head its threshold lies, mostly at most: where twenty scores
@@ -19,19 +20,21 @@ LIKELY = tl.constexpr(-0.25)
 
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "page_stride"])
 def attend_short_kernel(
-    p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_score,
+    p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_score,
     p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
-    p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible, p_arrived,
+    p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
     s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
-    factor, exponent, value_scale, page_stride, s_certificate,
+    exact_below, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
+    s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
     R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
@@ -41,7 +44,7 @@ def attend_short_kernel(
     The parts repeat the solution and pack the same into the same place. Rows with more scores,
     where OVERFULL, are left to `fallback_kernel`.
 
-    CERTIFY: one more part writes the certificate, while the others wait for values.
+    CERTIFY: the parts share the bounds of unread pages, which are loaded with the scores.
     """
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
@@ -75,6 +78,15 @@ def attend_short_kernel(
     b_z = tl.load(p_score + o_split * capacity + o_place, mask=m_entry, other=-float("inf"))
     b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
     b_slot = b_page * P + o_place % P
+    if CERTIFY > 0:
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        unread, rounding, b_bound, b_unread = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+            i_h, i_b * HKV + i_h, i_head, i_d, n, ranked, s_block_table, page_stride, s_scale_page,
+            s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
+        )  # fmt: skip
+        # Loads are moved to where they are needed, but not past this: they go out together.
+        tl.debug_barrier()
     peak = tl.max(b_z, 0)
     # Of an empty row, or one of scores that are no numbers. Differences from the largest score are
     # exact near it, where the threshold may lie closer than the scores' own precision.
@@ -82,19 +94,18 @@ def attend_short_kernel(
     b_z -= peak
     p_value += i_h.to(tl.int64) * s_head
     o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))
-    if i_d < DS:
-        # Likely ones come while the threshold is solved,
-        prefetch(p_value + o_value, b_z > LIKELY, CHAINED)
+    # Likely ones come while the threshold is solved,
+    prefetch(p_value + o_value, b_z > LIKELY, CHAINED)
     tau = solve_held(b_z, -1.0, b, ORDER)
-    if CERTIFY > 0 and i_d == DS:
-        certify(
-            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
-            p_arrived, p_listed_count, i_b, i_b * HKV + i_h, i_hq, i_head, 0, n, tau, peak, b,
-            page_stride, s_certificate, P, PS, PSP, BC, 1, LISTED, CERTIFY, COUNT, ORDER, False,
-        )  # fmt: skip
-        return
     # and all while slots are packed.
     prefetch(p_value + o_value, b_z > tau, CHAINED)
+    if CERTIFY > 0:
+        # What this asks of others comes meanwhile, too.
+        bound, complete = sum_unread(
+            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread,
+            i_b * HKV + i_h, i_head, i_d, ranked, tau, peak, b, page_stride, P, BC, DS, CERTIFY,
+            ORDER, False,
+        )  # fmt: skip
 
     p_near_score += (i_head * FP).to(tl.int64) * limit
     p_near_slot += (i_head * FP).to(tl.int64) * limit
@@ -111,6 +122,10 @@ def attend_short_kernel(
         p_value, p_near_score, p_near_slot, b_first, b_first_slot, kept, o_f, o_v, o_d, kept, limit,
         tau, b, s_page, D, P, BV, ORDER,
     )  # fmt: skip
+    if CERTIFY > 0:
+        store_certificate(
+            p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT
+        )
     store_head(
         p_out, p_counters, b_acc, total, support, i_b, i_hq, i_d, o_d, n, s_out_b, s_out_h,
         value_scale, D, COUNT,

@@ -1,4 +1,8 @@
-"""What a sparse step can say of the pages that it left out; see `reference/certificate.py`."""
+"""What a sparse step can say of the pages that it left out; see `reference/certificate.py`.
+
+box writes an upper bound of the scores of every page for every head; who lists the pages to read
+says which ones are left out; who solves the threshold of a head weighs the bounds of those.
+"""
 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
@@ -20,95 +24,135 @@ TINY = tl.constexpr(LEAST_BOUND)
 BOUNDED = tl.constexpr(2)
 PROVED = tl.constexpr(3)
 
+# What programs that share a head add up: how many of them came, and their parts of the mass in
+# units so small that each is a whole number of them, rounded up. Such a sum does not depend on the
+# order.
+ARRIVAL = tl.constexpr(1 << 48)
+UNITS = tl.constexpr(2.0**40)
+
 
 @triton.jit
-def mark_read(p_unread, i_row, o_page, m_page, page_stride):
-    """Takes the pages of a row that m_page names from the unread ones."""
-    tl.store(p_unread + i_row.to(tl.int64) * page_stride + o_page, 0, mask=m_page)
+def mark_unread(p_unread, i_row, o_page, m_read, ranked, page_stride):
+    """Says of the ranked pages among o_page whether they are left out: 1, or 0."""
+    p_u = p_unread + i_row.to(tl.int64) * page_stride
+    tl.store(p_u + o_page, tl.where(m_read, 0, 1).to(tl.int8), mask=o_page < ranked)
+
+
+@triton.jit
+def load_rounding(
+    p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, o_head, m_head, ranked,
+    s_block_table, s_scale_page, s_scale_head, PS: tl.constexpr, PSP: tl.constexpr,
+):  # fmt: skip
+    """By how much at most rounding can change bounds of heads, the scores below them, and those of
+    keys that were read, by which the threshold moves; shaped as o_head."""
+    o_s = tl.arange(0, PSP)
+    b_span = tl.load(p_span + i_row * PS + o_s, mask=o_s < PS, other=0.0)
+    b_unit = tl.load(p_rounding + 2 * o_head, mask=m_head, other=0.0)
+    b_fixed = tl.load(p_rounding + 2 * o_head + 1, mask=m_head, other=0.0)
+    # The last page is read without being ranked.
+    p_last = p_block_table + i_b.to(tl.int64) * s_block_table + ranked
+    last = tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64)
+    p_last = p_scales + last * s_scale_page + i_h.to(tl.int64) * s_scale_head
+    span = tl.load(p_last, mask=ranked > 0, other=0.0)
+    span += tl.load(p_last + 1, mask=ranked > 0, other=0.0)
+    return 2.0 * (tl.maximum(tl.max(b_span, 0), span) * b_unit + b_fixed)
+
+
+@triton.jit
+def load_bounds(p_bound, p_unread, i_row, i_head, o_page, ranked, page_stride):
+    """Bounds of a head's pages, and which of them are unread."""
+    p_b = p_bound + i_head.to(tl.int64) * page_stride
+    p_u = p_unread + i_row.to(tl.int64) * page_stride
+    b_bound = tl.load(p_b + o_page, mask=o_page < ranked, other=0.0).to(tl.float32)
+    return b_bound, tl.load(p_u + o_page, mask=o_page < ranked, other=0)
+
+
+@triton.jit
+def load_unread(
+    p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b, i_h, i_row,
+    i_head, i_c, n, ranked, s_block_table, page_stride, s_scale_page, s_scale_head,
+    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
+    CERTIFY: tl.constexpr,
+):  # fmt: skip
+    """What a certificate takes but the threshold: how many pages are unread where nothing bounds
+    them, else what rounding can do, and bounds of the first BC pages of part i_c."""
+    unread = tl.full([], 0, tl.int32)
+    rounding = tl.full([], 0.0, tl.float32)
+    b_bound, b_unread = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.int8)
+    if CERTIFY == BOUNDED:
+        o_page = i_c * BC + tl.arange(0, BC)
+        b_bound, b_unread = load_bounds(
+            p_bound, p_unread, i_row, i_head, o_page, ranked, page_stride
+        )
+        rounding = load_rounding(
+            p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, i_head, i_head >= 0,
+            ranked, s_block_table, s_scale_page, s_scale_head, PS, PSP,
+        )  # fmt: skip
+    elif LISTED and CERTIFY != PROVED:
+        unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
+    return unread, rounding, b_bound, b_unread
+
+
+@triton.jit
+def weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER: tl.constexpr, SOFTMAX: tl.constexpr):
+    """What a token of each unread page weighs at most: more than 0 if it can weigh anything."""
+    b_z = tl.where(b_unread != 0, b_bound + raised, -float("inf"))
+    b_w = tl.exp(b_z - tau) if SOFTMAX else weigh_scores(b_z, tau, b, ORDER)
+    b_w = tl.maximum(b_w, TINY, propagate_nan=tl.PropagateNan.ALL)
+    # Not "greater": a bound that is no number allows anything.
+    return tl.where(b_z <= (-float("inf") if SOFTMAX else tau), 0.0, b_w)
 
 
 @triton.jit
 def sum_unread(
-    p_bound, p_unread, p_rounding, i_row, i_head, i_c, ranked, tau, peak, b, page_stride,
-    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    ORDER: tl.constexpr, SOFTMAX: tl.constexpr,
+    p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row, i_head, i_c,
+    ranked, tau, peak, b, page_stride,
+    P: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr, ORDER: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """Of every C-th BC of a head's pages: what the tokens of the unread ones weigh at most, before
-    the weights are divided by their sum, and how many of the pages can hold any weight.
+    """The certificate of a head, which is what its unread tokens weigh at most and 0 if they can
+    weigh nothing, and whether it is complete.
+
+    C programs share a head, each with every C-th BC of its pages; it is complete with the one that
+    comes last.
 
     tau: the threshold less `peak`, or for SOFTMAX the logarithm of the sum of exponentials.
     """
-    o_c, o_s = tl.arange(0, BC), tl.arange(0, PSP)
-    b_rounding = tl.load(p_rounding + i_head * PS + o_s, mask=o_s < PS, other=0.0)
-    # Of the bounds and the scores below them, and of scores that were read, by which the threshold
-    # moves.
-    slack = 2.0 * tl.max(b_rounding, 0) + TAU_ROUNDING * (1.0 + tl.abs(tau + peak))
-    p_b = p_bound + i_head.to(tl.int64) * page_stride
-    p_u = p_unread + i_row.to(tl.int64) * page_stride
-    b_mass, b_possible = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.int32)
-    for i_p in tl.range(i_c * BC, ranked, C * BC, num_stages=1):
-        o_page = i_p + o_c
-        b_bound = tl.load(p_b + o_page, mask=o_page < ranked, other=-float("inf"))
-        b_unread = tl.load(p_u + o_page, mask=o_page < ranked, other=0)
-        b_z = tl.where(b_unread != 0, b_bound - peak + slack, -float("inf"))
-        # Not "greater": a bound that is no number allows anything.
-        b_possible += 1 - (b_z <= tau).to(tl.int32)
-        b_mass += tl.exp(b_z - tau) if SOFTMAX else weigh_scores(b_z, tau, b, ORDER)
-    # More than the rounding of the weights, whose powers are good to less digits, and of their sum.
-    more = 1.0 + (16.0 + b) * 2.0**-16
-    return tl.sum(b_mass, 0) * (P * more), tl.sum(b_possible, 0)
+    complete = tl.full([], 0, tl.int32) + i_c == 0
+    if CERTIFY == BOUNDED:
+        raised = rounding + TAU_ROUNDING * (1.0 + tl.abs(tau + peak)) - peak
+        b_mass = weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER, SOFTMAX)
+        for i_p in range((i_c + C) * BC, ranked, C * BC):
+            b_bound, b_unread = load_bounds(
+                p_bound, p_unread, i_row, i_head, i_p + tl.arange(0, BC), ranked, page_stride
+            )
+            b_mass += weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER, SOFTMAX)
+        # More than the rounding of the weights, whose powers are good to less digits, and of their
+        # sum.
+        mass = tl.sum(b_mass, 0) * (P * (1.0 + (16.0 + b) * 2.0**-16))
+        if SOFTMAX:
+            mass = tl.where(mass < float("inf"), mass / (1.0 + mass), 1.0)
+        bound = tl.where(mass < 1.0, mass, 1.0)
+        if C > 1:
+            part = tl.ceil(bound * UNITS).to(tl.int64) + ARRIVAL
+            total = tl.atomic_add(p_unread_mass + i_head, part, sem="relaxed") + part
+            bound = tl.minimum((total % ARRIVAL).to(tl.float32) * (1.0 / UNITS), 1.0)
+            complete = total // ARRIVAL == C
+    else:
+        bound = (unread > 0).to(tl.float32)
+    return bound, complete
 
 
 @triton.jit
 def store_certificate(
-    p_certificate, p_counters, i_b, i_hq, n, bound, s_certificate, COUNT: tl.constexpr
+    p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT: tl.constexpr
 ):  # fmt: skip
-    """Writes a head's bound, and counts it by its size, unless the row is empty."""
-    tl.store(p_certificate + i_b.to(tl.int64) * s_certificate + i_hq, bound)
-    if COUNT and n > 0:
+    """Writes a head's certificate, if it is complete, and counts it by its size, unless the row is
+    empty."""
+    tl.store(p_certificate + i_b.to(tl.int64) * s_certificate + i_hq, bound, mask=complete)
+    if COUNT:
         size = (bound > 0.0).to(tl.int32) + (bound > LEAST).to(tl.int32)
         size += (bound > LESS).to(tl.int32) + (bound > MORE).to(tl.int32)
         size += (bound > MOST).to(tl.int32) + (bound >= 1.0).to(tl.int32)
-        tl.atomic_add(p_counters + CERTIFIED + size, tl.full([], 1, tl.int64), sem="relaxed")
-
-
-@triton.jit
-def certify(
-    p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible, p_arrived,
-    p_listed_count, i_b, i_row, i_hq, i_head, i_c, n, tau, peak, b, page_stride, s_certificate,
-    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    LISTED: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, ORDER: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-):  # fmt: skip
-    """Writes and counts what a head's unread tokens weigh at most, 0 if nothing is unread.
-
-    C programs share a head's pages; the last one to have its part adds them up, in their order.
-    """
-    unread = tl.full([], 0, tl.int32)
-    if LISTED and CERTIFY != PROVED:
-        unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
-    if CERTIFY == BOUNDED and unread > 0:
-        mass, possible = sum_unread(
-            p_bound, p_unread, p_rounding, i_row, i_head, i_c, (n + P - 1) // P - 1, tau, peak, b,
-            page_stride, P, PS, PSP, BC, C, ORDER, SOFTMAX,
-        )  # fmt: skip
-        last = C == 1
-        if C > 1:
-            o_c = i_head * C + tl.arange(0, C)
-            tl.store(p_unread_mass + i_head * C + i_c, mass)
-            tl.store(p_possible + i_head * C + i_c, possible)
-            tl.debug_barrier()
-            last = tl.atomic_add(p_arrived + i_head, 1, sem="acq_rel") == C - 1
-            tl.debug_barrier()
-            mass = tl.sum(tl.load(p_unread_mass + o_c, cache_modifier=".cg"), 0)
-            possible = tl.sum(tl.load(p_possible + o_c, cache_modifier=".cg"), 0)
-        if SOFTMAX:
-            bound = tl.where(mass < float("inf"), tl.maximum(mass / (1.0 + mass), TINY), 1.0)
-        else:
-            bound = tl.where(mass < 1.0, tl.maximum(mass, TINY), 1.0)
-            bound = tl.where(possible > 0, bound, 0.0)
-        if last:
-            store_certificate(p_certificate, p_counters, i_b, i_hq, n, bound, s_certificate, COUNT)
-    elif i_c == 0:
-        bound = (unread > 0).to(tl.float32)
-        store_certificate(p_certificate, p_counters, i_b, i_hq, n, bound, s_certificate, COUNT)
+        one, counted = tl.full([], 1, tl.int64), complete & (n > 0)
+        tl.atomic_add(p_counters + CERTIFIED + size, one, mask=counted, sem="relaxed")

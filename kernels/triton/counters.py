@@ -13,6 +13,7 @@ PAGES_HELD = tl.constexpr(int(Counter.PAGES_HELD))
 PAGES_READ = tl.constexpr(int(Counter.PAGES_READ))
 SUPPORT = tl.constexpr(int(Counter.SUPPORT))
 QUERY_HEADS = tl.constexpr(int(Counter.QUERY_HEADS))
+FALLBACKS = tl.constexpr(int(Counter.FALLBACKS))
 
 
 @triton.jit

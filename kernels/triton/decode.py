@@ -40,7 +40,7 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 """What the kernels are given of a choice of pages where there is none."""
 
 NO_BOUNDS: dict[str, Any] = dict.fromkeys(
-    ("p_bound", "p_unread", "p_rounding", "p_unread_mass", "p_possible", "p_arrived")
+    ("p_bound", "p_unread", "p_span", "p_rounding", "p_unread_mass")
 )
 """What they are given of bounds where nothing is certified by any."""
 
@@ -103,6 +103,7 @@ def decode(
         "p_out": out,
         "p_counters": counters,
         "p_certificate": certificate,
+        "p_scales": cache.scales,
         "s_query_b": query.stride(0),
         "s_query_h": query.stride(1),
         "s_out_b": out.stride(0),
@@ -110,6 +111,8 @@ def decode(
         "s_certificate": 0 if certificate is None else certificate.stride(0),
         "s_page": cache.key.stride(0),
         "s_head": cache.key.stride(1),
+        "s_scale_page": cache.scales.stride(0),
+        "s_scale_head": cache.scales.stride(1),
         "s_block_table": block_table.stride(0),
         "list_stride": shape.page_stride,
         "page_stride": shape.page_stride,
@@ -227,15 +230,16 @@ def _list_pages(
     """Choose the pages of every row and list them."""
     arguments = arguments | {
         "p_statistics": cache.statistics,
-        "p_scales": cache.scales,
         "s_page": cache.statistics.stride(0),
         "s_head": cache.statistics.stride(1),
         "STAGES": 2,
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
     tiles = (shape.list_tiles, *rows[1:])
+    # Registers of which there are enough for four programs on a multiprocessor.
+    most = {"maxnreg": 128} if shape.certified else {}
     if isinstance(selector, TopK):
-        _chain(box_kernel, rows, arguments)
+        _chain(box_kernel, rows, arguments, **most)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
@@ -243,7 +247,7 @@ def _list_pages(
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
     elif isinstance(selector, Adaptive | Exact):
         bounded = {"CERTIFY": BOUNDED.value if shape.certified else 0}
-        _chain(box_kernel, rows, arguments | bounded)
+        _chain(box_kernel, rows, arguments | bounded, **most)
         _list_reaching(shape, cache, selector, arguments)
     else:
         normal, root = NormalDist(), 1 / shape.page_size
@@ -325,15 +329,13 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     arguments = arguments | left
     warps = _attend_warps(shape)
     values = {
-        "BC": shape.certificate_tile(warps),
+        "BC": shape.certificate_tile(warps, shape.value_parts),
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }
     whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
-        if arguments["CERTIFY"]:
-            parts = (parts[0] + 1, *parts[1:])
         _chain(attend_short_kernel, parts, arguments, **held, **values)
         _make_up(shape, arguments)
         return

@@ -11,10 +11,11 @@ the passes over its keys; where there is none, they return at once.
 import triton
 import triton.language as tl
 
-from .certificate import certify
-from .counters import SUPPORT
+from .certificate import load_unread, store_certificate, sum_unread
+from .counters import FALLBACKS, SUPPORT
 from .entmax import FP16_WEIGHT, newton_step, norm, weigh, weigh_scores, weights_and_slopes
 from .filter import DONE
+from .pages import ranked_pages
 from .scores import (
     await_if,
     await_previous,
@@ -101,15 +102,17 @@ def score_tile(
 def fallback_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_state, p_barrier, p_trial_mass, p_partial, p_total, p_support,
-    p_out, p_counters, p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
-    p_arrived,
+    p_out, p_counters, p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding,
+    p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    rows, scale, factor, exponent, value_scale, page_stride, s_certificate,
+    rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
+    s_scale_head, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, FLAGGED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of every head that is not done.
 
@@ -136,6 +139,9 @@ def fallback_kernel(
         if tl.max(b_state, 0) > DONE:
             i_b, i_h = i_row // HKV, i_row % HKV
             n = tl.load(p_seq_lens + i_b).to(tl.int32)
+            if COUNT and i_p == 0:
+                left = tl.sum(((b_state > DONE) & (n > 0)).to(tl.int64), 0)
+                tl.atomic_add(p_counters + FALLBACKS, left, sem="relaxed")
             p_pages, first, entries = page_source(
                 p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table,
                 list_stride, P, WINDOW, LISTED,
@@ -258,11 +264,23 @@ def fallback_kernel(
                         tau = tl.sum(tl.where(m_own, b_low + b_rest, 0.0), 0)
                         peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
                         b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
-                        certify(
-                            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass,
-                            p_possible, p_arrived, p_listed_count, i_b, i_row, i_h * G + i_g,
-                            i_row * G + i_g, 0, n, tau, peak, b, page_stride, s_certificate, P, PS,
-                            PSP, BC, 1, LISTED, CERTIFY, COUNT, ORDER, False,
+                        _, ranked = ranked_pages(
+                            p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS
+                        )
+                        unread, rounding, b_bound, b_unread = load_unread(
+                            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span,
+                            p_rounding, i_b, i_h, i_row, i_row * G + i_g, 0, n, ranked,
+                            s_block_table, page_stride, s_scale_page, s_scale_head, P, PS, PSP, BC,
+                            LISTED, CERTIFY,
+                        )  # fmt: skip
+                        bound, complete = sum_unread(
+                            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread,
+                            i_row, i_row * G + i_g, 0, ranked, tau, peak, b, page_stride, P, BC, 1,
+                            CERTIFY, ORDER, False,
+                        )  # fmt: skip
+                        store_certificate(
+                            p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
+                            s_certificate, COUNT,
                         )  # fmt: skip
             # The parts are written again for the next row.
             meetings = meet(p_barrier, meetings, programs)

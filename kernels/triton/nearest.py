@@ -13,7 +13,7 @@ long ones.
 import triton
 import triton.language as tl
 
-from .certificate import mark_read
+from .certificate import mark_unread
 from .entmax import sum_pairs
 from .pages import (
     NEVER,
@@ -189,8 +189,8 @@ def list_few(
         b_place = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
     m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
-    if CERTIFY:
-        mark_read(p_unread, i_row, o_page, m_own, page_stride)
+    if CERTIFY and i_s == 0:
+        mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
 
 
 @triton.jit
@@ -384,7 +384,7 @@ def list_nearest_kernel(
         b_place = tl.full([BL], NEVER, tl.int32)
     store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
     if CERTIFY:
-        mark_read(p_unread, i_row, o_page, b_place < NEVER, page_stride)
+        mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
     if i_t == 0:
         list_rest(
             p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),

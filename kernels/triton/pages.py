@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..report import Counter
-from .certificate import BOUNDED, mark_read
+from .certificate import BOUNDED, mark_unread
 from .scores import allow_next, await_previous
 
 SPARSE_STEPS = tl.constexpr(int(Counter.SPARSE_STEPS))
@@ -162,7 +162,7 @@ def list_kernel(
         m_place = o_page < 0
     store_pages(p_list, b_place, b_page, o_page, m_place, list_stride)
     if CERTIFY == BOUNDED:
-        mark_read(p_unread, i_row, o_page, m_place, page_stride)
+        mark_unread(p_unread, i_row, o_page, m_place, ranked, page_stride)
     if i_t == 0:
         list_rest(
             p_list, last_page, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,

@@ -6,8 +6,9 @@
 import triton
 import triton.language as tl
 
-from .certificate import certify
+from .certificate import load_unread, store_certificate, sum_unread
 from .counters import SUPPORT, count_step
+from .pages import ranked_pages
 from .scores import load_pages, load_queries, load_rows, page_source, score_rows
 from .values import weighted_columns
 
@@ -90,13 +91,14 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    p_listed_count, p_certificate, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
-    p_arrived,
-    s_out_b, s_out_h, window, value_scale, page_stride, s_certificate,
+    p_block_table, p_exact_rows, p_listed_count, p_certificate, p_scales, p_bound, p_unread,
+    p_span, p_rounding, p_unread_mass,
+    s_out_b, s_out_h, s_block_table, window, exact_below, value_scale, page_stride, s_scale_page,
+    s_scale_head, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of one query head in their order."""
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
@@ -126,9 +128,17 @@ def softmax_combine_kernel(
         if n > 0:
             tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
     if CERTIFY > 0:
-        certify(
-            p_certificate, p_counters, p_bound, p_unread, p_rounding, p_unread_mass, p_possible,
-            p_arrived, p_listed_count, i_b, i_row, i_hq, i_b * HKV * G + i_hq, 0, n, tl.log(total),
-            peak, 1.0, page_stride, s_certificate, P, PS, PSP, BC, 1, LISTED, CERTIFY, COUNT, 1,
-            True,
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        unread, rounding, b_bound, b_unread = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+            i_hq // G, i_row, i_row * G + i_hq % G, 0, n, ranked, s_block_table, page_stride,
+            s_scale_page, s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
+        bound, complete = sum_unread(
+            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row,
+            i_row * G + i_hq % G, 0, ranked, tl.log(total), peak, 1.0, page_stride, P, BC, 1,
+            CERTIFY, 1, True,
+        )  # fmt: skip
+        store_certificate(
+            p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT
+        )

@@ -53,25 +53,35 @@ def sum_squares(b_half, b_q):
 
 
 @triton.jit
-def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexpr):
-    """By how much at most rounding can change scores of keys, and bounds: per sum of a page's two
-    scales, and besides; see `sound_bounds` in `reference/quest.py`.
-
-    b_size: magnitudes of the queries [DP, GP]; b_scale, b_slope: [GP], as of `load_scales`.
-    """
+def store_rounding(
+    p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G: tl.constexpr, D: tl.constexpr,
+    ALIBI: tl.constexpr,
+):  # fmt: skip
+    """By how much at most rounding can change scores of keys, and bounds, for each head of a group:
+    per sum of a page's two scales, and besides, [rows, G, 2]; see `sound_bounds` in
+    `reference/quest.py`."""
     ROUNDING: tl.constexpr = 4 * D * 2.0**-23
-    b_unit = (tl.sum(b_size.to(tl.float32), 0) + QUERY_MIN) * b_scale * (ROUNDING * 127)
+    b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0) + QUERY_MIN
+    p_own = p_rounding + (i_row * G + o_g) * 2
+    tl.store(p_own, b_size * b_scale * (ROUNDING * 127), mask=o_g < G)
+    b_fixed = b_size * 0.0
     if ALIBI:
-        return b_unit, tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
-    else:
-        return b_unit, b_unit * 0.0
+        b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
+    tl.store(p_own + 1, b_fixed, mask=o_g < G)
+
+
+@triton.jit
+def rounded_up(b_x):
+    """In fp16, not below b_x."""
+    b_x += tl.abs(b_x) * 2.0**-10 + 2.0**-24
+    return tl.maximum(b_x, -65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
-    p_reach, p_spread, p_page_extreme, p_page_sample, p_member_count, p_bound, p_unread,
-    p_rounding, p_arrived,
+    p_reach, p_spread, p_page_extreme, p_page_sample, p_member_count, p_bound, p_span,
+    p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
@@ -88,7 +98,8 @@ def box_kernel(
 
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
-    ROUNDED: also by how much that changes any of a split.
+    ROUNDED: also how much that can be, for each head p_rounding, and the largest sum of the two
+    scales of a page of a split, p_span [rows, PS].
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -110,12 +121,15 @@ def box_kernel(
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
-    if ROUNDED:
-        b_unit, b_fixed = rounding_of(tl.abs(b_q), b_scale, b_slope, n, D, ALIBI)  # [GP] each
-        b_span = tl.zeros([BP], tl.float32)
-    if CERTIFY and i_s == 0:
-        tl.store(p_arrived + i_row * G + o_g, 0, mask=m_g)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
+    if ROUNDED:
+        b_span = tl.zeros([BP], tl.float32)
+        if i_s == 0:
+            store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
+    if CERTIFY:
+        p_b = p_bound + i_row.to(tl.int64) * (G * page_stride)
+        if i_s == 0:
+            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
     for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
         o_page = i_p + o_p
         b_page = b_next
@@ -140,10 +154,10 @@ def box_kernel(
             b_bound = (b_center + b_radius * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
-            p_b = p_bound + (i_row * G + o_g).to(tl.int64)[None, :] * page_stride
-            tl.store(p_b + o_page[:, None], b_bound, mask=m_g[None, :] & m_page)
-            p_u = p_unread + i_row.to(tl.int64) * page_stride
-            tl.store(p_u + o_page, 1, mask=o_page < ranked)
+            if p_bound.dtype.element_ty == tl.float16:
+                b_bound = rounded_up(b_bound)
+            o_bound = o_g[None, :] * page_stride + o_page[:, None]
+            tl.store(p_b + o_bound, b_bound, mask=m_g[None, :] & m_page)
         b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
         b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
         tl.store(p_r + o_page[:, None] * GW, b_reach, mask=m_g[None, :] & m_page)
@@ -161,13 +175,5 @@ def box_kernel(
     tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
     tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)
     if ROUNDED:
-        # The last page is read, not ranked, and may be what the launch before writes.
-        await_if(i_s == 0, CHAINED)
-        m_last = (i_s == 0) & (ranked > 0)
-        last = tl.load(p_table + ranked, mask=m_last, other=0).to(tl.int64) * (s_page // 4)
-        both = tl.load(p_scale + last, mask=m_last, other=0.0)
-        both += tl.load(p_scale + last + 1, mask=m_last, other=0.0)
-        b_span = tl.maximum(b_span, both)
-        o_own = (i_row * G + o_g) * PS + i_s
-        tl.store(p_rounding + o_own, tl.max(b_span, 0) * b_unit + b_fixed, mask=m_g)
+        tl.store(p_span + i_row * PS + i_s, tl.max(b_span, 0))
     await_if(i_s + i_h + i_b == 0, CHAINED)

@@ -292,9 +292,10 @@ class Shape:
         """Programs that score the first pages of a query head, a tile each."""
         return -(-self.first_pages // (self.tile // self.page_size))
 
-    def certificate_tile(self, warps: int) -> int:
-        """Pages that a program of so many warps weighs together: at most 16 a thread."""
-        return min(power_of_two(self.max_pages), 512 * warps)
+    def certificate_tile(self, warps: int, parts: int = 1) -> int:
+        """Bounds that a program of so many warps, one of `parts` of a head, holds at once: of all
+        pages, or 16 a thread."""
+        return min(power_of_two(-(-self.max_pages // parts)), 512 * warps)
 
     @property
     def most_members(self) -> int:
@@ -346,8 +347,9 @@ class Shape:
             }
         if self.selector != "exact" and self.selector != "gaussian":
             fields["page_extreme"] = torch.float32, page_own * 2
-        if self.selector == "pruned":
-            fields["rounding"] = torch.float32, page_own
+        if self.certified or self.selector == "pruned":
+            fields["span"] = torch.float32, rows * self.page_splits
+            fields["rounding"] = torch.float32, heads * 2
         if self.first_pages:
             first = heads * self.first_tiles * self.tile
             fields |= {
@@ -367,10 +369,7 @@ class Shape:
             fields |= {
                 "bound": (torch.float32, heads * self.page_stride),
                 "unread": (torch.int8, rows * self.page_stride),
-                "rounding": (torch.float32, page_own),
-                "unread_mass": (torch.float32, heads * self.value_parts),
-                "possible": (torch.int32, heads * self.value_parts),
-                "arrived": (torch.int32, heads),
+                "unread_mass": (torch.int64, heads),
             }
         if self.selector == "gaussian":
             fields |= {

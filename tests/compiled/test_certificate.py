@@ -5,9 +5,23 @@ from importlib import import_module
 import pytest
 import torch
 from reference.scene import make_fp8_scene, make_scene
+from reference.test_append import keys_to_bound
+from reference.test_quest import PAGES, boxed_pages, queries_against
 
-from entmaxkv_kernels import Counter, Exact, Gaussian, TopK, analyze_decode
+from entmaxkv_kernels import (
+    Counter,
+    Exact,
+    Gaussian,
+    PageLayout,
+    TopK,
+    allocate_pages,
+    analyze_decode,
+    append,
+    decode,
+    split_pages,
+)
 from entmaxkv_kernels.pages import BOX
+from entmaxkv_kernels.reference.entmax import solve_entmax
 from entmaxkv_kernels.triton import decode_workspace_size, workspace
 
 from .device import DEVICE, DTYPES, Step
@@ -86,6 +100,54 @@ def test_heads_have_their_own_alpha_and_slope(path):
 def test_every_shape_of_heads_and_pages_is_served(kv_heads, group, head_size, page_size, dtype):
     shape = {"kv_heads": kv_heads, "group": group, "head_size": head_size, "page_size": page_size}
     check(tight_scene([page_size - 1, 700], dtype=dtype, **shape), TopK(2 * page_size))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("normal", DTYPES[-1]),
+        ("outlier channels", torch.float32),
+        ("of all magnitudes", torch.float32),
+        ("huge", torch.float32),
+    ],
+)
+def test_no_output_is_further_off_than_its_certificate_says(kind, dtype):
+    """Queries for which a key scores as high as its page's radius allows, in steps that read two
+    pages of twelve; values of at most 1."""
+    random = torch.Generator().manual_seed(5)
+    key = torch.cat([keys_to_bound(kind, random) for _ in range(PAGES)])
+    # Many pages whose keys resemble each other: some steps prove something.
+    key = torch.where(torch.arange(len(key))[:, None, None] % 32 < 16, key, key[::16][:1])
+    key = key.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4)
+    value = (2 * torch.rand(key.shape, generator=random) - 1).to(dtype)
+    judged = boxed_pages(key, torch.zeros(4, 1, 32, dtype=dtype), torch.float64)
+    query = queries_against(key, judged)[:, 7::12]  # [4, 16, 32], of which 16 heads make a group
+    scores = query @ key.double().permute(1, 2, 0)
+    spread = scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)
+    query = (8 * query / torch.where(spread > 0, spread, 1)).to(dtype)
+    layout = PageLayout(16, 32, BOX)
+    cache = split_pages(allocate_pages(PAGES, 4, layout, dtype, DEVICE), layout)
+    slots = torch.arange(len(key), device=DEVICE)
+    append(cache, key.to(DEVICE), value.to(DEVICE), slots, implementation="triton")
+    certificate = torch.full((1, 64), torch.nan, device=DEVICE)
+    output = decode(
+        query.flatten(0, 1)[None].to(DEVICE),
+        cache,
+        torch.arange(PAGES, dtype=torch.int32, device=DEVICE)[None],
+        torch.tensor([len(key)], dtype=torch.int32, device=DEVICE),
+        scale=1.0,
+        alpha=1.5,
+        selector=TopK(16),
+        certificate=certificate,
+        implementation="triton",
+    )
+    scores = 0.5 * query.double() @ key.double().permute(1, 2, 0)
+    weights, _ = solve_entmax(scores, 1.5)
+    exact = weights @ value.double().transpose(0, 1)
+    off = (output[0].cpu().double() - exact.flatten(0, 1)).norm(dim=-1)
+    longest = value.double().norm(dim=-1).amax()
+    assert (off <= 2 * longest * certificate[0].cpu().double() + 0.01 * longest).all()
+    assert ((certificate >= 0) & (certificate <= 1)).all()
 
 
 def test_fp8_pages_bound_the_numbers_that_they_hold():

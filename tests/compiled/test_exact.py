@@ -7,7 +7,7 @@ import torch
 from reference.scene import make_scene
 from reference.test_precision import assert_no_worse, straightforward_attention
 
-from entmaxkv_kernels import Exact
+from entmaxkv_kernels import Counter, Exact
 from entmaxkv_kernels.triton import workspace
 from entmaxkv_kernels.triton.workspace import Shape, decode_workspace_size
 
@@ -116,6 +116,7 @@ def test_a_good_guess_leaves_few_candidates(few_splits, alpha):
     size = step.shape.size(step.shape.tile * 2)
     assert_accurate(step, step.run(size))
     assert not step.scratch("state").any()
+    assert step.counters[Counter.FALLBACKS] == 0
     assert step.scratch("count").sum() < 3700 / 4
 
 
@@ -125,6 +126,8 @@ def test_lists_that_overflow_are_made_up_for(few_splits, alpha):
     step = small_chip(scene, alpha)
     out = step.run(step.shape.least_size)
     assert (step.scratch("state")[:2] == 1).all()
+    states = step.scratch("state").view(len(scene.seq_lens), -1)
+    assert step.counters[Counter.FALLBACKS] == states[scene.seq_lens > 0].sum() > 0
     assert_accurate(step, out)
     assert step.counters[4] == step.run_reference()[1][4]
     assert torch.equal(out, step.run(step.shape.least_size))
@@ -154,6 +157,7 @@ def test_a_guess_that_is_too_high_is_found_out_and_made_up_for(few_splits):
     step = small_chip(scene)
     out = step.run(step.shape.size(2048))
     assert (step.scratch("state") == 1).all()
+    assert step.counters[Counter.FALLBACKS] == 1
     assert (step.scratch("count") < 2048).all()
     assert_accurate(step, out)
 
