@@ -18,7 +18,10 @@ from entmaxkv_vllm.plots.canvas import (
 
 STAGES: Mapping[str, tuple[str, ...]] = {
     "page scores": ("box", "model"),
-    "page choice": ("choose", "distance", "list_nearest", "cut", "reach", "list"),
+    "page choice": (
+        *("choose", "distance", "list_nearest", "cut", "reach", "list"),
+        *("first", "wanted"),
+    ),
     "keys": ("sample", "guess", "collect", "filter"),
     "threshold and values": ("attend", "attend_short", "fallback", "softmax", "softmax_combine"),
 }
