@@ -32,6 +32,9 @@ RANKED_BY_READERS = 4096
 RANKED_ALONE = 4096
 """Pages of a row that one program ranks, where block tables have room for more."""
 
+RANKED_REACHES = 16384
+"""Numbers of these pages for the heads of a group that it holds: more pages of smaller groups."""
+
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
 
@@ -69,7 +72,9 @@ def budget_of(selector: Selector, page_size: int, exact_below: int) -> int | Non
 
 def first_pages_of(selector: Selector, max_pages: int, page_size: int) -> int:
     """Pages that a query head has read first at most, for a threshold; 0 if it needs none."""
-    if isinstance(selector, Gaussian | TopK) or selector == Exact():
+    if isinstance(selector, Gaussian | TopK):
+        return 0
+    if isinstance(selector, Exact) and not selector.prune:
         return 0
     return max(
         selector.first_pages,
@@ -160,7 +165,8 @@ class Shape:
     def collect_warps(self) -> int:
         """Warps of each of them: more where a program ranks more pages than four hold."""
         ranks = self.selector == "topk" and self.ranked_by_readers
-        return 8 if ranks and self.max_pages > 2048 else 4
+        held = power_of_two(self.max_pages) * self.group_width
+        return 8 if ranks and held > RANKED_REACHES // 2 else 4
 
     @property
     def overlapped(self) -> bool:
@@ -278,14 +284,15 @@ class Shape:
     @property
     def ranked_alone(self) -> int:
         """Pages of a row up to which one program ranks them."""
-        return RANKED_ALONE
+        return min(RANKED_ALONE, RANKED_REACHES // self.group_width)
 
     @property
     def list_tile(self) -> int:
         """Pages that one of the programs that list those of a row looks at."""
         if self.selector == "topk" and not self.long_rows:
             return max(256, power_of_two(self.max_pages))
-        return 1024 if self.max_pages <= 1 << 15 else 2048
+        tile = 1024 if self.max_pages <= 1 << 15 else 2048
+        return min(tile, (1 << 16) // self.group_width)
 
     @property
     def first_tiles(self) -> int:
