@@ -28,6 +28,7 @@ from .device import DEVICE, DTYPES, Step
 
 RAGGED = [0, 1, 16, 17, 500, 300]
 SLOPES = torch.tensor([0.5, 0.0, -0.05, 0.1])
+HELD = workspace.HELD_LISTED
 MIXED = torch.tensor([1.25, 1.0, 2.0, 4 / 3], dtype=torch.float64)
 
 PATHS = {
@@ -86,6 +87,14 @@ def test_whoever_lists_and_reads_the_pages(path):
     lengths = [0, 1, 40 * 16 + 3, 300, 1100]
     found = check(tight_scene(lengths), TopK(96))
     assert ((found[2:] > 0) & (found[2:] < 1)).any() and (found[2:] == 0).any()
+
+
+@pytest.mark.parametrize("held", [HELD, 0], ids=["scores in registers", "scores in lists"])
+def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, monkeypatch):
+    monkeypatch.setattr(workspace, "HELD_LISTED", held)
+    monkeypatch.setattr(workspace.Shape, "certificate_tile", lambda *_: 16)
+    found = check(tight_scene([1100, 300]), TopK(96), alpha=MIXED, alibi_slopes=SLOPES)
+    assert ((found > 0) & (found < 1)).any()
 
 
 def test_heads_have_their_own_alpha_and_slope(path):
