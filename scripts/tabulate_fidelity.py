@@ -20,6 +20,7 @@ from tabulate_selectors import (
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "fidelity.md"
 DEMO = RESULTS / "fidelity-demo-model.json"
+DEMO_PERPLEXITY = RESULTS / "fidelity-demo-model-perplexity.json"
 TWINS = {"entmax": 1.5, "softmax": 1.0}
 LAYERED = ("gaussian", "topk:1024", "adaptive:1.75", "adaptive:2.25")
 
@@ -159,9 +160,29 @@ def attention_tables() -> Iterator[str]:
     yield ""
 
 
+def demo_perplexity_table() -> Iterator[str]:
+    result = load(DEMO_PERPLEXITY)
+    made = made_on(result, DEMO_PERPLEXITY)
+    yield from ["### The demo model's perplexity, on few windows", "", made, ""]
+    exact, *others = result["perplexity"]
+    titles = ["context", "selector", "pages read", "perplexity per byte", "more than `exact`"]
+    rows = [
+        (
+            row["context"],
+            f"`{row['selector']}`",
+            f"{row['pages_read']:.1%}",
+            f"{math.exp(row['nats_per_byte']):.4f}",
+            "" if row is exact else more_than_exact(row, exact),
+        )
+        for row in (exact, *others)
+    ]
+    yield from [*table_lines(titles, rows), ""]
+
+
 def tables() -> str:
     demo = load(DEMO)
     lines = [*study_tables(), "", *perplexity_tables(), *task_tables(), *attention_tables(), ""]
+    lines += demo_perplexity_table()
     lines += ["### The demo model, through the engine that serves it", "", made_on(demo, DEMO), ""]
     return "\n".join([*lines, measure_fidelity.table(demo)])
 
