@@ -22,7 +22,6 @@ from torch import Tensor
 from entmaxkv_kernels import (
     Counter,
     Exact,
-    Selector,
     decode,
     prefill,
 )
@@ -187,9 +186,11 @@ def run_decodes(
             # What is pruned holds no weight: the output is that of all pages.
             if not isinstance(selector, Exact):
                 allowed[tokens] = read[tokens]
-            picked, sparse[tokens] = chosen_pages(family, pool, asked, calls, selector, tokens)
-            chosen[tokens] = False
-            chosen[tokens, :, : picked.shape[-1]] = picked
+            for k in of_it:
+                rows = slice(k * family.batch, (k + 1) * family.batch)
+                picked, sparse[rows] = chosen_pages(family, pool, asked, calls[k], rows)
+                chosen[rows] = False
+                chosen[rows, :, : picked.shape[-1]] = picked
 
     def of_rows(values: Tensor) -> Tensor:
         """Sums of the values [T] over the rows of each call."""
@@ -230,37 +231,25 @@ def listed_pages(family: Family, parts: list[dict[str, Tensor]]) -> Tensor:
 
 
 def chosen_pages(
-    family: Family, pool: Pool, asked: Asked, calls: list[Call], selector: Selector, tokens: Tensor
+    family: Family, pool: Pool, asked: Asked, call: Call, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """The pages [T, kv_heads, pages] that the reference chooses for some rows, and in which of
-    them it does."""
-    exact, below, table = (
-        torch.stack(x).view(len(calls) * family.batch, -1)[tokens]
-        for x in (
-            [
-                torch.zeros_like(call.seq_lens, dtype=torch.bool)
-                if call.exact_rows is None
-                else call.exact_rows
-                for call in calls
-            ],
-            [torch.full_like(call.seq_lens, call.exact_below) for call in calls],
-            [call.block_table for call in calls],
-        )
-    )
-    n = asked.position[tokens] + 1
+    """The pages [B, kv_heads, pages] that the reference chooses for the rows of a call, and in
+    which of them it does.
+
+    Queries are given as the kernels get them: their dtype decides what is rounded.
+    """
     alpha = torch.tensor(family.alphas, dtype=torch.float64, device=DEVICE)
-    scale = (asked.scale[tokens] * pool.key_scale).float()[:, None, None]
     selection = select_pages(
-        asked.query[tokens].float() * scale,
+        asked.query[rows],
         pool.cache,
-        table,
-        n,
-        scale=1.0,
+        call.block_table,
+        asked.position[rows] + 1,
+        scale=call.scale * pool.key_scale,
         alpha=alpha if len(set(family.alphas)) > 1 else family.alphas[0],
-        selector=selector,
+        selector=call.selector,
         alibi_slopes=pool.slopes,
         sliding_window=None,
-        exact_rows=exact[:, 0] | (n <= below[:, 0]),
-        exact_below=0,
+        exact_rows=call.exact_rows,
+        exact_below=call.exact_below,
     )
     return selection.selected, selection.sparse
