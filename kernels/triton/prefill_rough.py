@@ -85,7 +85,7 @@ def sum_bounds(rows, b_mass, b_power, keys, BN: tl.constexpr, ORDER: tl.constexp
 def bound_step(b_least, b_most, b_exponent, ORDER: tl.constexpr):
     """`newton_step` to a lower bound, whatever the sums are between these; none from such as are
     infinite."""
-    b_step = newton_step(b_least[0], b_most[1], 1.0, b_exponent, ORDER)
+    b_step = newton_step(tl.maximum(b_least[0], 1e-30), b_most[1], 1.0, b_exponent, ORDER)
     return tl.where(b_most[0] < float("inf"), b_step, 0.0)
 
 
