@@ -234,13 +234,14 @@ def sanitizer_table(result: dict[str, Any]) -> list[str]:
 
 SECTIONS = (
     ("decode-h200.json", "Decode, random keys", decode_table),
+    ("decode-h200-head-size-64.json", "Decode, random keys, head size 64", decode_table),
     ("decode-h200-other-shapes.json", "Decode, random keys, other shapes", decode_table),
     (
         "decode-h200-wide-table.json",
         "Decode, random keys, a block table for 128k tokens",
         decode_table,
     ),
-    ("decode-h200-certificate.json", "What the certificate costs", certificate_table),
+    ("decode-h200.json", "What the certificate costs", certificate_table),
     ("decode-h200-clustered.json", "Decode, keys in topics, support 0.1%", decode_table),
     ("decode-h200-clustered.json", "Where a step's time goes", kernel_table),
     (
@@ -253,6 +254,8 @@ SECTIONS = (
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
     ("serving-h200-overlapped.json", "The same, decoding that overlaps append", serving_table),
+    ("serving-h200-stored.json", "The same, `exact` storing all scores", serving_table),
+    ("serving-h200-launches.json", "The same, launches that start early", serving_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),
     ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),
