@@ -149,6 +149,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             key[:tokens],
             value[:tokens],
             slot_mapping,
+            counters=self.counters.row(self.index_of(layer), key.device),
             implementation=self.kernels,
             **self._scales(layer),
         )
@@ -254,7 +255,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
 
-    def _scales(self, layer: AttentionLayer) -> dict[str, float]:
+    def _scales(self, layer: AttentionLayer) -> dict[str, Any]:
         """What the numbers in an fp8 cache are multiplied by."""
         if not self.fp8:
             return {}

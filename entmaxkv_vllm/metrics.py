@@ -25,6 +25,7 @@ DESCRIPTIONS = {
     Counter.SUPPORT: "Tokens with a weight above zero, summed over query heads",
     Counter.QUERY_HEADS: "Query heads that the support was summed over",
     Counter.FALLBACKS: "Query heads whose keys were read once more, as a guess of theirs failed",
+    Counter.APPENDED_PAGES: "Pages that steps wrote new keys and values to, per KV head",
     Counter.CERTIFIED: "Query heads whose output is proved to be the exact one",
     Counter.BOUND_TO_1E_4: "Query heads whose certificate is above 0 and at most 1e-4",
     Counter.BOUND_TO_1E_3: "Query heads whose certificate is above 1e-4 and at most 1e-3",

@@ -66,6 +66,7 @@ def append(
     *,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    counters: Tensor | None = None,
     implementation: str = "reference",
 ) -> None:
     """Write new tokens into their slots and refresh the statistics of the pages they touch.
@@ -83,11 +84,12 @@ def append(
         value, finite and above 0; 1 for any other cache. A quotient out of range is stored as the
         nearest number in range, +-448. The statistics are those of the stored numbers, not
         multiplied.
+    counters: [len(Counter)] int64, added to in place: how many pages this call wrote to.
 
     Raises TypeError or ValueError for arguments of the wrong type, dtype, shape or device, and for
     a scale out of range or of a cache that is not fp8.
     """
-    check_append(cache, key, value, slot_mapping)
+    check_append(cache, key, value, slot_mapping, counters)
     check_scales(cache, key_scale, value_scale)
     compute = _load(implementation, cache, slot_mapping=slot_mapping)
     compute.append(
@@ -97,6 +99,7 @@ def append(
         slot_mapping,
         key_scale=float(key_scale),
         value_scale=float(value_scale),
+        counters=counters,
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Counter(IntEnum):
-    """Positions in the int64 tensor that `decode` adds to.
+    """Positions in the int64 tensor that `append` and `decode` add to.
 
     A sequence of length 0 (a padding row) counts nowhere.
     """
@@ -34,21 +34,24 @@ class Counter(IntEnum):
     """Query heads whose keys were all read once more, because a guess was too high or lists were
     too short; the reference makes no guess."""
 
-    CERTIFIED = 7
+    APPENDED_PAGES = 7
+    """Pages that `append` wrote to, per KV head: each once for every call that did."""
+
+    CERTIFIED = 8
     """Query heads whose certificate is 0: their output is the exact one. This and the following
     count by the size of the certificate, where one is asked for."""
 
-    BOUND_TO_1E_4 = 8
+    BOUND_TO_1E_4 = 9
     """Query heads whose certificate is above 0 and at most 1e-4."""
 
-    BOUND_TO_1E_3 = 9
-    BOUND_TO_1E_2 = 10
-    BOUND_TO_1E_1 = 11
+    BOUND_TO_1E_3 = 10
+    BOUND_TO_1E_2 = 11
+    BOUND_TO_1E_1 = 12
 
-    BOUND_BELOW_1 = 12
+    BOUND_BELOW_1 = 13
     """Those whose certificate is above 0.1 and below 1."""
 
-    VACUOUS = 13
+    VACUOUS = 14
     """Those whose certificate is 1, which says nothing."""
 
 

@@ -78,13 +78,17 @@ def check_scales(cache: PagedCache, key_scale: float, value_scale: float) -> Non
         )
 
 
-def check_append(cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+def check_append(
+    cache: PagedCache, key: Tensor, value: Tensor, slot_mapping: Tensor, counters: Tensor | None
+) -> None:
     check_cache(cache)
     device, dtypes = cache.key.device, _inputs(cache)
     _tensor("slot_mapping", slot_mapping, ("tokens",), (torch.int64,), device)
     shape = (len(slot_mapping), cache.key.shape[1], cache.layout.head_size)
     _tensor("key", key, shape, dtypes, device)
     _tensor("value", value, shape, dtypes, device)
+    if counters is not None:
+        _tensor("counters", counters, (len(Counter),), (torch.int64,), device)
 
 
 def check_attention(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..pages import FP8, PagedCache
+from ..report import Counter
 from .scores import compute_dtype
 
 STD_FLOOR = 1e-6
@@ -37,6 +38,7 @@ def append(
     *,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    counters: Tensor | None = None,
 ) -> None:
     """See `entmaxkv_kernels.append`."""
     written = slot_mapping >= 0
@@ -48,6 +50,8 @@ def append(
         key, value = _to_fp8(key, key_scale), _to_fp8(value, value_scale)
     cache.key[page, :, offset] = key
     cache.value[page, :, offset] = value
+    if counters is not None:
+        counters[Counter.APPENDED_PAGES] += len(page.unique()) * cache.key.shape[1]
     if cache.layout.statistics:
         _refresh_statistics(cache, page, offset)
 

@@ -18,6 +18,7 @@ from ..reference.append import (
     STD_FLOOR,
     WIDENED,
 )
+from ..report import Counter
 from .scores import allow_next, await_previous
 from .workspace import can_chain, power_of_two
 
@@ -29,6 +30,8 @@ WIDER = tl.constexpr(WIDENED)
 STEPS = tl.constexpr(SQUARE_STEPS)
 STEPS_MAX = tl.constexpr(MOST_STEPS)
 RADIUS_UNIT = tl.constexpr(RADIUS_WIDENED * SQUARE_STEPS**-0.5)
+
+APPENDED_PAGES = tl.constexpr(int(Counter.APPENDED_PAGES))
 
 LONG_PROMPT = 1024
 """More tokens than this in one call are mostly those of prompts."""
@@ -156,11 +159,11 @@ def write_page(
 
 @triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales,
+    p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, p_counters,
     s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
     s_statistics_page, s_statistics_head, key_scale, value_scale, tokens,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
-    TOKENS: tl.constexpr, CHAINED: tl.constexpr,
+    TOKENS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
 
@@ -181,6 +184,9 @@ def append_kernel(
                 b_earlier, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
                 s_statistics_page, s_statistics_head, key_scale, value_scale, D, DP, P, STATISTICS,
             )  # fmt: skip
+            if COUNT:
+                one = tl.full([], 1, tl.int64)
+                tl.atomic_add(p_counters + APPENDED_PAGES, one, sem="relaxed")
 
 
 def append(
@@ -191,6 +197,7 @@ def append(
     *,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    counters: Tensor | None = None,
 ) -> None:
     """See `entmaxkv_kernels.append`; fp8, fp16, bf16 and fp32.
 
@@ -213,6 +220,7 @@ def append(
         cache.value,
         cache.statistics,
         cache.scales,
+        counters,
         *key.stride()[:2],
         *value.stride()[:2],
         *cache.key.stride()[:2],
@@ -225,6 +233,7 @@ def append(
         P=cache.layout.page_size,
         STATISTICS=STATISTICS.index(cache.layout.statistics),
         TOKENS=block,
+        COUNT=counters is not None,
         CHAINED=chained,
         **({"launch_pdl": True} if chained else {}),
         num_warps=max(1 if block == 1 else 4, cache.layout.page_size * padded // 2048),

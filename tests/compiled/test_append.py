@@ -5,7 +5,7 @@ import torch
 from reference.scene import make_scene
 from reference.test_append import KINDS, keys_to_bound
 
-from entmaxkv_kernels import PageLayout, allocate_pages, reference, split_pages
+from entmaxkv_kernels import Counter, PageLayout, allocate_pages, reference, split_pages
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.triton.append import append
 
@@ -15,8 +15,15 @@ STATISTICS = [(), ("mean", "std"), ("center", "half_width")]
 
 
 def append_to_both(scene, cache, key, value, slots):
-    reference.append(scene.cache, key, value, slots)
-    append(cache, key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE))
+    """And see that both count the pages that were written to."""
+    pages = {slot // scene.page_size for slot in slots.tolist() if slot >= 0}
+    counted = torch.zeros(len(Counter), dtype=torch.int64)
+    counted[Counter.APPENDED_PAGES] = len(pages) * key.shape[1]
+    counters = torch.zeros_like(counted), torch.zeros_like(counted).to(DEVICE)
+    reference.append(scene.cache, key, value, slots, counters=counters[0])
+    tensors = key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE)
+    append(cache, *tensors, counters=counters[1])
+    assert torch.equal(counters[0], counted) and torch.equal(counters[1].cpu(), counted)
 
 
 def assert_same(scene, cache):

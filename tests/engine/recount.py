@@ -70,6 +70,11 @@ class Recount:
         self.recorded: list[RecordedStep] = []
         self._calls = 0
 
+    def note_appended(self, impl, slots):
+        """Count the pages that one layer is about to write to."""
+        pages = {slot // impl.config.page_size for slot in slots.tolist() if slot >= 0}
+        self.expected[Counter.APPENDED_PAGES] += impl.num_kv_heads * len(pages)
+
     def watch(self, impl, layer, query, rows, decode):
         """Run one layer's decode and note what it should have counted."""
         config = impl.config
