@@ -1,9 +1,12 @@
 """Scripts that make committed tables, as far as they run without a GPU: what their rows hold."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_decode
+import benchmark_layers
 import benchmark_reference_system
 import pytest
 import torch
@@ -80,3 +83,31 @@ def test_rows_of_the_reference_system_are_those_of_the_committed_table(monkeypat
     for row in rows:
         assert row.keys() == committed_row("reference-h200.json", row["path"]).keys()
         assert row["ratio_reference"] == pytest.approx(row["reference_us"] / row["us"])
+
+
+def test_attention_is_timed_between_the_products_of_each_layer(monkeypatch):
+    run = []
+
+    def graph_of(steps):
+        return SimpleNamespace(replay=lambda: [run.append(step()) for step in steps])
+
+    def imitate_append(work):
+        return lambda index: None
+
+    monkeypatch.setattr(benchmark_layers, "graph_of", graph_of)
+    monkeypatch.setattr(benchmark_layers, "flash_attention", imitate_flash_attention)
+    monkeypatch.setattr(benchmark_layers, "append_as_vllm", imitate_append)
+    torch.manual_seed(0)
+    pool = Pool.of(SHAPE, 2 * 512, "random")
+    work = Workload.over(pool, [Request(1, 501)], 2, 0.05, 600)
+    products = benchmark_layers.Products(3, SHAPE)
+    rows = list(benchmark_layers.measure(work, products, 0.1, 2))
+    assert [row["arm"] for row in rows] == ["fa3", "exact", "topk"]
+    # Two turns and three to warm up, of four graphs with products and three without.
+    assert len(run) == 5 * 7 * 3
+    for row in rows:
+        assert (row["layers"], row["context"], row["table_tokens"]) == (3, 501, 608)
+        assert row["products_us"] > 0 and row["alone_us"] > 0
+        # Of a busy host's clock nothing more is certain.
+        assert row["us"] != 0 and math.isfinite(row["us"])
+    assert rows[0]["ratio_fa3"] == 1

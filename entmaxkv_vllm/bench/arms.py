@@ -64,7 +64,7 @@ class EntmaxArm:
         return [self._step(index) for index in range(self.workload.sets)]
 
     @cached_property
-    def _workspace(self) -> torch.Tensor | None:
+    def workspace(self) -> torch.Tensor | None:
         work, shape = self.workload, self.workload.shape
         if shape.implementation == "reference":
             return None
@@ -94,7 +94,7 @@ class EntmaxArm:
         options: dict[str, Any] = {
             "scale": work.shape.scale,
             "alpha": ALPHA,
-            "workspace": self._workspace,
+            "workspace": self.workspace,
             "implementation": work.shape.implementation,
         }
 
