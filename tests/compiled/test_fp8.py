@@ -16,7 +16,7 @@ from .device import DEVICE, DTYPES, on_device
 
 FP8 = torch.float8_e4m3fn
 SCALES = {"key_scale": 0.07, "value_scale": 0.009}
-MATCHED = [counter for counter in Counter if counter != Counter.SUPPORT]
+MATCHED = [x for x in Counter if x not in (Counter.SUPPORT, Counter.FALLBACKS)]
 MIXED = torch.tensor([1.25, 1.5, 1.0, 4 / 3], dtype=torch.float64)
 SLOPES = torch.tensor([0.5, 0.0, 0.05, 0.004])
 

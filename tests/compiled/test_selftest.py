@@ -55,6 +55,6 @@ def test_every_function_and_selector_is_checked_on_a_cpu_and_a_gpu(monkeypatch):
     for device in ("cpu", "cuda"):
         checks = selftest.checks_for(torch.device(device))
         selectors = {check.selector.name for check in checks if check.selector}
-        assert selectors == {"exact", "topk", "gaussian"}
+        assert selectors == {"exact", "pruned", "topk", "gaussian"}
         assert any(check.selector is None for check in checks)
         assert any(check.alpha == 1 for check in checks)
