@@ -70,13 +70,6 @@ def store_rounding(
     tl.store(p_own + 1, b_fixed, mask=o_g < G)
 
 
-@triton.jit
-def rounded_up(b_x):
-    """In fp16, not below b_x."""
-    b_x += tl.abs(b_x) * 2.0**-10 + 2.0**-24
-    return tl.maximum(b_x, -65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
-
-
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
@@ -154,8 +147,6 @@ def box_kernel(
             b_bound = (b_center + b_radius * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
-            if p_bound.dtype.element_ty == tl.float16:
-                b_bound = rounded_up(b_bound)
             o_bound = o_g[None, :] * page_stride + o_page[:, None]
             tl.store(p_b + o_bound, b_bound, mask=m_g[None, :] & m_page)
         b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
