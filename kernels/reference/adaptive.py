@@ -24,9 +24,7 @@ from ..selectors import Adaptive, Exact
 from .candidates import Candidates
 from .certificate import THRESHOLD_ROUNDING
 from .entmax import solve_entmax
-from .quest import _scaled as scaled_queries
-from .quest import _spreads as page_spreads
-from .quest import page_reaches, radius_bounds, sound_bounds
+from .quest import page_reaches, page_spreads, radius_bounds, scaled_queries, sound_bounds
 
 FIRST_SHARE = 128
 """Of a long sequence one page in so many is read first by each query head."""

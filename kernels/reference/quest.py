@@ -20,7 +20,7 @@ LEAST_QUERY = 2.0**-40
 """Of a query as small as this all squares may vanish in fp32."""
 
 
-def _scaled(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+def scaled_queries(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     """Queries [B, kv_heads, group, head_size], and ALiBi slopes [kv_heads, group, 1], of z."""
     heads = candidates.query.shape[1:3]
     query, slopes = scale_to_scores(
@@ -37,12 +37,12 @@ def page_reaches(candidates: Candidates, widths: float | Tensor = 1.0) -> Tensor
     widths: half-widths above the center that count, in the Euclidean norm; one number, or one for
         each head, [B, kv_heads, group, 1].
     """
-    query, slopes = _scaled(candidates)
+    query, slopes = scaled_queries(candidates)
     center = query @ candidates.statistics[0].mT
-    return center + widths * _spreads(candidates) + _most_favourable(candidates, slopes)
+    return center + widths * page_spreads(candidates) + _most_favourable(candidates, slopes)
 
 
-def _spreads(candidates: Candidates) -> Tensor:
+def page_spreads(candidates: Candidates) -> Tensor:
     """Norms [B, kv_heads, group, P] of the queries, scaled, times the half-widths."""
     query, half_width, factor = candidates.query, candidates.statistics[1], _factor(candidates)
     if (unit := candidates.half_scales) is None:
@@ -66,7 +66,7 @@ def quest_bounds(candidates: Candidates) -> Tensor:
     ALiBi counts at the page's most favourable position.
     """
     center, half_width = candidates.statistics
-    query, slopes = _scaled(candidates)
+    query, slopes = scaled_queries(candidates)
     spread = query.abs() @ half_width.mT
     return query @ center.mT + spread + _most_favourable(candidates, slopes)
 
@@ -84,9 +84,9 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
 def radius_bounds(candidates: Candidates) -> Tensor:
     """The same by the radii of the pages."""
     assert candidates.radius is not None
-    query, slopes = _scaled(candidates)
+    query, slopes = scaled_queries(candidates)
     center = query @ candidates.statistics[0].mT
-    spread = _spreads(candidates) * candidates.radius.mT
+    spread = page_spreads(candidates) * candidates.radius.mT
     return center + spread + _most_favourable(candidates, slopes)
 
 
@@ -99,7 +99,7 @@ def sound_bounds(candidates: Candidates) -> Tensor:
     and their sum lose is in the radius.
     """
     center, half_width = candidates.statistics
-    query, slopes = _scaled(candidates)
+    query, slopes = scaled_queries(candidates)
     largest = center.abs().amax(-1) + half_width.amax(-1)  # [B, kv_heads, P]
     pages = torch.arange(largest.shape[-1], device=query.device)
     last = candidates.ranked.sum(-1)[:, None, None]

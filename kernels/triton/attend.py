@@ -139,8 +139,7 @@ def attend_kernel(
     P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr,
     PSP: tl.constexpr, BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
-    COUNT: tl.constexpr,
-    CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
     the head size.

@@ -14,8 +14,8 @@ from .filter import DONE, LEFT, pack_above
 from .pages import ranked_pages
 from .scores import allow_next, await_previous, page_source, prefetch
 
-# How far below the largest score of a head its threshold lies, mostly at most: where twenty scores
-# and more have weight.
+# Scores that lie less below the largest one of a head are likely to have weight: with alpha 1.5 the
+# threshold of sixteen equal ones lies there.
 LIKELY = tl.constexpr(-0.25)
 
 

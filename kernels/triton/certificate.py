@@ -63,7 +63,7 @@ def load_bounds(p_bound, p_unread, i_row, i_head, o_page, ranked, page_stride):
     """Bounds of a head's pages, and which of them are unread."""
     p_b = p_bound + i_head.to(tl.int64) * page_stride
     p_u = p_unread + i_row.to(tl.int64) * page_stride
-    b_bound = tl.load(p_b + o_page, mask=o_page < ranked, other=0.0).to(tl.float32)
+    b_bound = tl.load(p_b + o_page, mask=o_page < ranked, other=0.0)
     return b_bound, tl.load(p_u + o_page, mask=o_page < ranked, other=0)
 
 

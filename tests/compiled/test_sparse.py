@@ -168,7 +168,7 @@ def test_a_page_is_chosen_whoever_ranks_it(monkeypatch):
 
 
 @pytest.mark.parametrize("pages", [2048, 2049, 2100])
-def test_the_programs_that_read_a_row_rank_many_pages_in_two_halves(pages):
+def test_rows_of_many_pages_are_ranked_by_those_who_read_them(pages):
     """Beside it one of few pages, under the same wide table."""
     scene = sparse_scene(TopK(1000), [(pages - 1) * 16 + 3, 40 * 16], kv_heads=1, group=2)
     scene.block_table = torch.nn.functional.pad(scene.block_table, (0, 2100 - pages))
@@ -176,8 +176,8 @@ def test_the_programs_that_read_a_row_rank_many_pages_in_two_halves(pages):
     assert chosen.sum(-1).flatten().tolist() == [63, 40]
 
 
-@pytest.mark.parametrize("pages", [2100])
-def test_equal_pages_go_to_the_earlier_one_across_halves(pages):
+def test_many_equal_pages_go_to_the_earlier_ones():
+    pages = 2100
     scene = sparse_scene(TopK(2060 * 16), [pages * 16], kv_heads=1, group=2)
     make_pages_equal(scene)
     chosen = check(TopK(2060 * 16), scene)
