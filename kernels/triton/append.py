@@ -93,7 +93,10 @@ def radius_of(b_key, m_key, b_center, b_half):
     half-widths; see `reference/append.py`."""
     b_narrow = tl.div_rn(1.0, tl.where(b_half > 0.0, b_half, 1.0))
     b_away = (b_key - b_center[None, :]) * b_narrow[None, :]
-    b_steps = tl.sum(tl.ceil(b_away * b_away * STEPS), 1, keep_dims=True)  # [P, 1]
+    b_square = b_away * b_away * STEPS
+    # The device's ceil takes the smallest numbers for 0.
+    b_steps = tl.maximum(tl.ceil(b_square), (b_square > 0.0).to(tl.float32))
+    b_steps = tl.sum(b_steps, 1, keep_dims=True)  # [P, 1]
     b_steps = tl.where(b_steps <= STEPS_MAX, b_steps, float("inf"))
     furthest = tl.max(tl.where(m_key, b_steps, 0.0))
     return tl.sqrt_rn(furthest) * RADIUS_UNIT
