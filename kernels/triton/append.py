@@ -95,7 +95,7 @@ def radius_of(b_key, m_key, b_center, b_half):
     b_away = (b_key - b_center[None, :]) * b_narrow[None, :]
     b_square = b_away * b_away * STEPS
     # The device's ceil takes the smallest numbers for 0.
-    b_steps = tl.maximum(tl.ceil(b_square), (b_square > 0.0).to(tl.float32))
+    b_steps = tl.where(b_square > 0.0, tl.maximum(tl.ceil(b_square), 1.0), b_square)
     b_steps = tl.sum(b_steps, 1, keep_dims=True)  # [P, 1]
     b_steps = tl.where(b_steps <= STEPS_MAX, b_steps, float("inf"))
     furthest = tl.max(tl.where(m_key, b_steps, 0.0))
