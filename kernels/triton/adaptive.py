@@ -168,7 +168,7 @@ def load_radii(p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head
 
 @triton.jit
 def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
-    """Whether a radius is more than `guard` times the mean of those of NEAR pages, [BL]; radii are 0
+    """Whether a radius is more than `guard` times the mean of those of NEAR pages, [BL]; it is 0
     where there is no page."""
     b_near = tl.reshape(b_radius, [BL // NEAR, NEAR])
     b_held = tl.sum(tl.reshape(m_page.to(tl.float32), [BL // NEAR, NEAR]), 1)
