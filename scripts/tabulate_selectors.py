@@ -11,8 +11,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 STUDY = RESULTS / "fidelity-selectors.json"
 PAPER = "gaussian-paper"
 DEFAULT = "adaptive, margin 1.1"
-NEEDLE_SELECTORS = [PAPER, DEFAULT, "guard 0.00%, margin 1.1", "guard 6.25%, margin 1.1"]
-NEEDLE_SELECTORS += ["guard 12.50%, margin 1.1", "topk, 12.50%"]
+NEEDLE_SELECTORS = [PAPER, DEFAULT, "guard 0, margin 1.1", "guard 1.1, margin 1.1"]
+NEEDLE_SELECTORS += ["guard 1.15, margin 1.1", "guard 1.3, margin 1.1", "topk, 12.50%"]
 
 Row = dict[str, Any]
 
@@ -81,7 +81,7 @@ def study_tables() -> Iterator[str]:
         needles.append((keys, length, *map(missed, shown)))
     yield from table_lines(["keys", "length", *STUDY_TITLES], rows)
     titles = ["keys and a needle", "length", "`gaussian-paper`", "`adaptive` at equal pages"]
-    titles += ["`adaptive` 1.1", "without its guard", "guard of 6.25%", "of 12.5%", "`topk` 12.5%"]
+    titles += ["`adaptive` 1.1", "without its guard", "guard 1.1", "1.15", "1.3", "`topk` 12.5%"]
     yield from ["", "Share of needles missed, and of pages read:"]
     yield from ["", *table_lines(titles, needles), ""]
     recorded = dict.fromkeys((row["model"], row["layer"]) for row in result["recorded"])
