@@ -60,7 +60,8 @@ class EntmaxKVConfig:
         token_budget: tokens that `topk` reads per step and KV head, besides the last page.
         margin: how high `adaptive` takes scores to reach in a page, as a multiple of how high they
             do in those that it read first.
-        guard: share of the pages that `adaptive` reads for their bounds alone.
+        guard: times the mean radius of a page's neighbours from which `adaptive` judges it by its
+            bound; 0 for no guard.
         page_size: tokens in a page; one vLLM block is a whole number of pages.
         dense_layers: indices of layers that always decode exactly.
         exact_below: contexts up to this many tokens always decode exactly.
@@ -77,7 +78,7 @@ class EntmaxKVConfig:
     prune: bool = False
     token_budget: int = 2048
     margin: float = 1.1
-    guard: float = 1 / 32
+    guard: float = 1.2
     page_size: int = 16
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048

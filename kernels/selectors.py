@@ -10,9 +10,6 @@ from typing import ClassVar
 
 from .pages import BOX
 
-GUARDS = tuple(0.5**k for k in range(11))
-"""Shares of the pages that `Adaptive` can read as a guard."""
-
 
 @dataclass(frozen=True)
 class Exact:
@@ -119,15 +116,15 @@ class Adaptive:
     reach: if given, that many half-widths instead, for every head.
     first_pages: pages that each query head has read first, the last page among them, 2 to 64; of
         long sequences it has more, one in 128.
-    guard: share of the pages that are read whatever their reach: of so many neighbours the one
-        with the highest bound, which an isolated key that the estimate misses is likely to be in.
-        0, or one half to a power of at most 10.
+    guard: a page whose radius is more than this many times the mean of its neighbours' holds a key
+        that lies off the others in most channels, and is judged by its bound instead: an isolated
+        key that the estimate misses is likely to be in one. 0 for no guard, or at least 1.
     """
 
     margin: float = 1.1
     reach: float | None = None
     first_pages: int = 16
-    guard: float = 1 / 32
+    guard: float = 1.2
 
     name: ClassVar[str] = "adaptive"
     statistics: ClassVar[tuple[str, ...]] = BOX
@@ -138,13 +135,8 @@ class Adaptive:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value}; expected a finite number above 0")
         _check_first_pages(self.first_pages)
-        if self.guard != 0 and self.guard not in GUARDS:
-            raise ValueError(f"guard is {self.guard}; expected 0, 1, 1/2, 1/4, ... or 1/1024")
-
-    @property
-    def neighbours(self) -> int:
-        """Of how many pages one is read whatever its reach, 0 for none."""
-        return round(1 / self.guard) if self.guard else 0
+        if self.guard != 0 and not 1 <= self.guard < math.inf:
+            raise ValueError(f"guard is {self.guard}; expected 0 or a finite number of at least 1")
 
 
 Selector = Exact | Gaussian | TopK | Adaptive

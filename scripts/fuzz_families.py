@@ -25,7 +25,7 @@ GAUSSIAN = (
     Exact(),
 )
 ADAPTIVE = (
-    Adaptive(first_pages=4, guard=1 / 4),
+    Adaptive(first_pages=4, guard=1.1),
     Adaptive(reach=1.0, first_pages=2, guard=0),
     Exact(prune=True, first_pages=4),
     Exact(),

@@ -79,7 +79,7 @@ CASES = {
     ),
     "top-k by fallback, certified": Case(FP16, selector=TopK(96), least=True, certified=True),
     "top-k, softmax": Case(alpha=1.0, selector=TopK(48)),
-    "adaptive": Case(FP32, selector=Adaptive(first_pages=4, guard=1 / 4), certified=True),
+    "adaptive": Case(FP32, selector=Adaptive(first_pages=4, guard=1.1), certified=True),
     "pruned": Case(selector=Exact(prune=True, first_pages=4), alibi=True, certified=True),
     "pruned, of a long row by fallback": Case(
         FP32, selector=Exact(prune=True), width=2100, lens=(33000, 0, 33), alibi=True, least=True

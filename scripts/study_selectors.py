@@ -40,7 +40,7 @@ SUPPORTS = (0.0005, 0.002, 0.01)
 MARGINS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 REACHES = (1.0, 1.5, 1.75, 2.0, 2.25)
 QUANTILES = (0.1, 0.5, 0.9)
-GUARDS = (0.0, 1 / 128, 1 / 16, 1 / 8)
+GUARDS = (0.0, 1.1, 1.15, 1.3)
 TOPIC_LENGTH, TOPICS, RANK = 128, 64, 16
 NEEDLE = 0.7
 """How far the needle's z lies above the largest other one; a distance of 1 takes all weight."""
@@ -195,8 +195,8 @@ def selectors_for(length: int) -> dict[str, Selector]:
         found[f"adaptive, margin {margin:g}"] = Adaptive(margin=margin)
     for reach in REACHES:
         found[f"fixed reach, {reach:g}"] = Adaptive(reach=reach)
-    for share in GUARDS:
-        found[f"guard {share:.2%}, margin 1.1"] = Adaptive(guard=share)
+    for guard in GUARDS:
+        found[f"guard {guard:g}, margin 1.1"] = Adaptive(guard=guard)
     for share in (0.03, 0.0625, 0.125, 0.25, 0.5):
         found[f"topk, {share:.2%}"] = TopK(int(share * length))
     return found

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tabulate_selectors import (
     number,
     study_tables,
 )
+from tabulate_trained import more_than_exact, trained_tables
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "fidelity.md"
@@ -30,15 +30,6 @@ def part_of_twins(name: str, part: str) -> tuple[list[Row], str]:
     path = RESULTS / f"fidelity-twins-{name}-{part}.json"
     result = load(path)
     return result[result["arguments"]["parts"].strip("[']")], made_on(result, path)
-
-
-def more_than_exact(row: Row, exact: Row) -> str:
-    """By how much perplexity is above that of exact decoding, with the standard error of the mean
-    over sequences."""
-    pairs = zip(row["by_sequence"], exact["by_sequence"], strict=True)
-    more = [ours - theirs for ours, theirs in pairs]
-    error = statistics.stdev(more) / len(more) ** 0.5
-    return f"{math.expm1(statistics.mean(more)):+.2%} ± {error:.2%}"
 
 
 def perplexity_cells(rows: dict[tuple[int, str], Row], context: int, selector: str) -> list[str]:
@@ -181,7 +172,15 @@ def demo_perplexity_table() -> Iterator[str]:
 
 def tables() -> str:
     demo = load(DEMO)
-    lines = [*study_tables(), "", *perplexity_tables(), *task_tables(), *attention_tables(), ""]
+    lines = [
+        *study_tables(),
+        "",
+        *trained_tables(),
+        *perplexity_tables(),
+        *task_tables(),
+        *attention_tables(),
+        "",
+    ]
     lines += demo_perplexity_table()
     lines += ["### The demo model, through the engine that serves it", "", made_on(demo, DEMO), ""]
     return "\n".join([*lines, measure_fidelity.table(demo)])

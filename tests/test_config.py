@@ -150,8 +150,8 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
         ),
         pytest.param(
             {"selector": "adaptive", "guard": 0.3},
-            r"guard=0.3 is not usable; give 0, 1, 1/2",
-            id="guard-no-power-of-two",
+            r"guard=0.3 is not usable; give 0 or a finite number of at least 1",
+            id="guard-below-what-is-usual",
         ),
         pytest.param(
             {"selector": "adaptive", "guard": "all"}, r"guard='all' is not a number", id="guard-all"

@@ -10,10 +10,10 @@ First pages are the last one and, of the pages whose numbers leave the same rema
 most of the best pages are among them, and nobody has to rank all pages for it. Of long sequences
 more are read: the support is larger there, and a few of its tokens have a lower threshold.
 
-An estimate does not show a single key that suits the query in all channels at once. It cannot score
-above its page's bound, so of so many neighbouring pages the one whose bound lies highest above the
-threshold is read, too. With bounds in place of all estimates only pages without weight are left
-out: so prunes exact decoding.
+An estimate does not show a single key that suits the query in all channels at once. Such a key lies
+at the edge of its page's box in most of them, so that the page's radius is larger than those of its
+neighbours. Pages of which that is true are judged by their bounds. With bounds in place of all
+estimates only pages without weight are left out: so prunes exact decoding.
 """
 
 import torch
@@ -28,6 +28,9 @@ from .quest import page_reaches, page_spreads, radius_bounds, scaled_queries, so
 
 FIRST_SHARE = 128
 """Of a long sequence one page in so many is read first by each query head."""
+
+NEIGHBOURS = 32
+"""Pages with whose mean radius that of each of them is compared."""
 
 MOST_FIRST_TOKENS = 2048
 """No more than so many tokens are, but for the pages that are always read first."""
@@ -52,10 +55,10 @@ def adaptive_pages(
     if selector.reach is not None:
         reach = selector.reach
     wanted = ~(page_reaches(candidates, reach) <= lowest)
-    chosen = wanted.any(2).scatter(-1, first.flatten(2), True)
     if selector.guard:
-        chosen |= _guards(candidates, radius_bounds(candidates) - lowest, selector.neighbours)
-    return chosen & candidates.ranked[:, None]
+        outlying = outlying_pages(candidates, selector.guard)[:, :, None]
+        wanted |= outlying & (radius_bounds(candidates) > lowest)
+    return wanted.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
 
 
 def possible_pages(
@@ -132,15 +135,19 @@ def furthest(candidates: Candidates, first: Tensor, scores: Tensor) -> Tensor:
     return ratio.amax(-1).clamp(0, candidates.query.shape[-1] ** 0.5)
 
 
-def _guards(candidates: Candidates, above: Tensor, neighbours: int) -> Tensor:
-    """Of so many neighbouring pages the one that lies highest above [B, kv_heads, group, P] for any
-    head, [B, kv_heads, P] bool."""
-    height = _ranked(candidates, above).amax(2)
-    pages = height.shape[-1]
-    height = torch.nn.functional.pad(height, (0, -pages % neighbours), value=-torch.inf)
-    highest, place = height.unflatten(-1, (-1, neighbours)).max(-1, keepdim=True)
-    guards = torch.zeros_like(height, dtype=torch.bool).unflatten(-1, (-1, neighbours))
-    return guards.scatter(-1, place, highest > -torch.inf).flatten(-2)[..., :pages]
+def outlying_pages(candidates: Candidates, guard: float) -> Tensor:
+    """Pages [B, kv_heads, P] bool whose radius is more than `guard` times the mean of those of the
+    NEIGHBOURS pages that they are one of."""
+    assert candidates.radius is not None
+    ranked = candidates.ranked[:, None]
+    radius = candidates.radius[..., 0].masked_fill(~ranked, 0)
+    pages = radius.shape[-1]
+    near, held = (
+        torch.nn.functional.pad(x, (0, -pages % NEIGHBOURS)).unflatten(-1, (-1, NEIGHBOURS))
+        for x in (radius, ranked)
+    )
+    outlying = near * held.sum(-1, keepdim=True) > guard * near.sum(-1, keepdim=True)
+    return outlying.flatten(-2)[..., :pages]
 
 
 def _ranked(candidates: Candidates, heights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ one solves the threshold of these scores, in every program again, and compares p
 import triton
 import triton.language as tl
 
-from ..reference.adaptive import FIRST_SHARE
+from ..reference.adaptive import FIRST_SHARE, NEIGHBOURS
 from .certificate import TAU_ROUNDING, load_rounding
 from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, weights_and_slopes
 from .pages import NEVER, ranked_pages
@@ -26,6 +26,7 @@ from .scores import (
 )
 
 SHARE = tl.constexpr(FIRST_SHARE)
+NEAR = tl.constexpr(NEIGHBOURS)
 
 
 @triton.jit
@@ -166,15 +167,13 @@ def load_radii(p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head
 
 
 @triton.jit
-def guards(b_height, BL: tl.constexpr, GUARD: tl.constexpr):
-    """Of each GUARD neighbouring pages the earliest of those that are highest, unless all are at
-    -inf; [BL] int32."""
-    b_height = tl.reshape(b_height, [BL // GUARD, GUARD])
-    b_top = tl.max(b_height, 1)
-    o_n = tl.arange(0, GUARD)[None, :]
-    m_top = (b_height == b_top[:, None]) & (b_top > -float("inf"))[:, None]
-    b_first = tl.min(tl.where(m_top, o_n, GUARD), 1)
-    return tl.reshape((o_n == b_first[:, None]).to(tl.int32), [BL])
+def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
+    """Whether a radius is more than `guard` times the mean of those of NEAR pages, [BL]; it is 0
+    where there is no page."""
+    b_near = tl.reshape(b_radius, [BL // NEAR, NEAR])
+    b_held = tl.sum(tl.reshape(m_page.to(tl.float32), [BL // NEAR, NEAR]), 1)
+    m_outlying = b_near * b_held[:, None] > guard * tl.sum(b_near, 1)[:, None]
+    return tl.reshape(m_outlying, [BL])
 
 
 @triton.jit
@@ -182,11 +181,11 @@ def wanted_kernel(
     p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_span,
     p_rounding, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
     s_page, s_head, s_scale_page, s_scale_head, s_block_table, page_stride, exact_below, factor,
-    exponent, margin, reach,
+    exponent, margin, reach, guard,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr, FPP: tl.constexpr,
     FN: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    GUARD: tl.constexpr, OWN_REACH: tl.constexpr, PROVE: tl.constexpr,
+    GUARDED: tl.constexpr, OWN_REACH: tl.constexpr, PROVE: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, ORDER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +195,8 @@ def wanted_kernel(
     OWN_REACH: how high scores reach is what each head's first pages show, times the margin; else
     it is `reach`.
     PROVE: pages are to be read that can hold weight, whatever rounding did.
+    GUARDED: pages with a radius of more than `guard` times that of their neighbours are judged by
+    their bounds.
     FP: places of the first pages of a head. FPP, FN: for those and their scores, powers of two.
     """
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -204,7 +205,7 @@ def wanted_kernel(
     o_g, o_f, o_page = tl.arange(0, GW), tl.arange(0, FN), i_t * BL + tl.arange(0, BL)
     m_g, m_page = o_g < G, o_page < ranked
     classes = count_classes(ranked, FIRST, MOST)
-    if PROVE or GUARD > 0:
+    if PROVE or GUARDED:
         b_radius = load_radii(
             p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head, s_block_table
         )
@@ -235,12 +236,12 @@ def wanted_kernel(
         b_more = (reach - 1.0) * b_spread
     # Not "greater": what is no number may be anything.
     m_wanted = 1 - (b_above + b_more <= 0.0).to(tl.int32)
+    if GUARDED:
+        b_bound = b_above + (b_radius[:, None] - 1.0) * b_spread
+        m_outlying = are_outlying(b_radius, m_page, guard, BL)
+        m_wanted |= (m_outlying[:, None] & (b_bound > 0.0)).to(tl.int32)
     b_wanted = tl.max(tl.where(m_g[None, :], m_wanted, 0), 1)
     b_wanted |= is_first(p_first_page, i_row, o_page, classes, G, GW, FP)
-    if GUARD > 0:
-        b_bound = b_above + (b_radius[:, None] - 1.0) * b_spread
-        b_bound = tl.where((b_bound == b_bound) & m_reach, b_bound, -float("inf"))
-        b_wanted |= guards(tl.max(b_bound, 1), BL, GUARD)
     b_wanted = tl.where(m_page, b_wanted, 0)
     p_d = p_distance + i_row.to(tl.int64) * page_stride
     tl.store(p_d + o_page, tl.where(b_wanted > 0, 0, NEVER), mask=m_page)

@@ -303,13 +303,15 @@ def _list_reaching(
 def _estimate(selector: Adaptive | Exact) -> dict[str, Any]:
     """How the reach of scores is estimated, for those who estimate it."""
     if isinstance(selector, Exact):
-        return {"margin": 1.0, "reach": 1.0, "OWN_REACH": False, "GUARD": 0}
+        unused = {"margin": 1.0, "reach": 1.0, "guard": 1.0}
+        return {**unused, "OWN_REACH": False, "GUARDED": False}
     reach = selector.reach
     return {
         "margin": float(selector.margin),
         "reach": 1.0 if reach is None else float(reach),
+        "guard": float(selector.guard),
         "OWN_REACH": reach is None,
-        "GUARD": selector.neighbours,
+        "GUARDED": selector.guard > 0,
     }
 
 

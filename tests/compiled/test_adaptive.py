@@ -34,16 +34,25 @@ def test_heads_reach_as_far_as_their_first_pages_show():
     assert check(narrow, scene).sum() < check(wide, scene).sum()
 
 
-def test_guards_and_first_pages_are_read_whatever_they_reach():
-    selector = Adaptive(reach=0.01, first_pages=3, guard=1 / 4)
+def test_first_pages_are_read_whatever_they_reach():
+    selector = Adaptive(reach=0.01, first_pages=3, guard=0)
     pages = check(selector, sparse_scene(selector, [0, 700, 300]))
-    # 43 full pages: 11 guards, 2 first pages for each of 2 heads, and the last page.
-    assert ((pages[1].sum(-1) >= 12) & (pages[1].sum(-1) <= 16)).all()
+    # 2 first pages for each of 2 heads, and the last page.
+    assert ((pages[1].sum(-1) >= 3) & (pages[1].sum(-1) <= 5)).all()
+
+
+def test_pages_with_larger_radii_than_their_neighbours_are_judged_by_their_bounds():
+    blind, guarded = (Adaptive(reach=0.01, first_pages=3, guard=guard) for guard in (0, 1.1))
+    scene = sparse_scene(guarded, [0, 700, 300])
+    scene.cache.scales[scene.block_table[1, [5, 41]].long(), :, 2] *= 1.5
+    few, more = check(blind, scene)[1], check(guarded, scene)[1]
+    assert few.sum() < more.sum() < 30
+    assert more[:, [5, 41]].all()
 
 
 def test_long_rows_have_more_first_pages_and_several_tiles(monkeypatch):
     monkeypatch.setattr(workspace.Shape, "list_tile", 256)
-    selector = Adaptive(reach=3.0, first_pages=3, guard=1 / 64)
+    selector = Adaptive(reach=3.0, first_pages=3)
     scene = sparse_scene(selector, [1100 * 16 + 1, 40, 0, 300 * 16], kv_heads=1, group=2)
     step = Step(scene, selector)
     assert step.shape.first_pages == 8 and step.shape.list_tiles == 5
@@ -64,7 +73,7 @@ def test_pages_without_numbers_may_hold_anything(selector, place, number):
 
 
 def test_equal_pages_go_to_the_earlier_one():
-    selector = Adaptive(reach=1e-6, first_pages=4, guard=1 / 8)
+    selector = Adaptive(reach=1e-6, first_pages=4)
     scene = sparse_scene(selector, [500])
     for part in (scene.cache.key, scene.cache.statistics, scene.cache.scales):
         part[scene.block_table[0, 1:31].long()] = part[scene.block_table[0, 0].long()].clone()

@@ -7,9 +7,12 @@ from entmaxkv_kernels import Adaptive, Counter, Exact, analyze_decode
 from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.reference.adaptive import (
     FIRST_SHARE,
+    NEIGHBOURS,
     adaptive_pages,
     choose_first,
+    lower_threshold,
     possible_pages,
+    read_first,
 )
 from entmaxkv_kernels.reference.entmax import entmax_threshold
 from entmaxkv_kernels.reference.quest import page_reaches, radius_bounds
@@ -28,11 +31,15 @@ def report_of(scene, selector, **options):
     return analyze_decode(queries, scene.cache, table, scene.seq_lens, **options)
 
 
-def chosen_of(scene, selector, alpha=1.5, slopes=None):
-    candidates = candidates_of(scene, alpha, slopes)
+def ids_of(scene, candidates):
     pages = candidates.ranked.shape[1]
     held = torch.arange(pages) <= candidates.ranked.sum(-1)[:, None]
-    ids = scene.block_table[:, :pages].long().masked_fill(~held, 0)
+    return scene.block_table[:, :pages].long().masked_fill(~held, 0)
+
+
+def chosen_of(scene, selector, alpha=1.5, slopes=None):
+    candidates = candidates_of(scene, alpha, slopes)
+    ids = ids_of(scene, candidates)
     radius = scene.cache.scales[ids, :, 2].mT[..., None].double()
     candidates = candidates._replace(radius=radius)
     choose = possible_pages if isinstance(selector, Exact) else adaptive_pages
@@ -133,31 +140,36 @@ def test_pages_of_equal_keys_are_chosen_without_loss(alpha):
     assert report.selected[0].float().mean() < 0.7
 
 
-def test_a_guard_is_the_neighbour_with_the_highest_bound():
-    scene = make_scene([1050, 333], group=1, statistics=BOX, spread=3, coherence=0.7)
-    candidates, chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=0.25))
-    bounds = radius_bounds(candidates)[:, :, 0]
+def test_pages_with_larger_radii_than_their_neighbours_are_judged_by_their_bounds():
+    scene = make_scene([1050, 333], group=2, statistics=BOX, spread=3, coherence=0.7)
+    candidates, few = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=0))
+    chosen = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=1.1))[1]
+    first = choose_first(candidates, 2)
+    scores = read_first(candidates, first, scene.cache, ids_of(scene, candidates))
+    lowest = lower_threshold(candidates, scores)
+    reaches = (radius_bounds(candidates) > lowest[..., None]).any(2)
+    radius = candidates.radius[..., 0]
     for b, pages in enumerate([65, 20]):
         for h in range(2):
-            for block in range(0, pages, 4):
-                best = block + int(bounds[b, h, block : min(block + 4, pages)].argmax())
-                assert chosen[b, h, best]
-    few = chosen_of(scene, Adaptive(reach=0.01, first_pages=2, guard=0))[1]
-    assert few.sum() < chosen.sum() <= 2 * (17 + 5) + few.sum()
+            for block in range(0, pages, NEIGHBOURS):
+                near = slice(block, min(block + NEIGHBOURS, pages))
+                outlying = radius[b, h, near] > 1.1 * radius[b, h, near].mean()
+                wanted = few[b, h, near] | (outlying & reaches[b, h, near])
+                assert torch.equal(chosen[b, h, near], wanted)
+    assert few.sum() < chosen.sum() < reaches.sum()
 
 
 def test_an_isolated_needle_is_found_by_its_bound_alone():
-    scene = make_scene([1600], group=1, kv_heads=1, statistics=BOX, spread=2, coherence=0.95)
+    scene = make_scene([1600], group=1, kv_heads=1, statistics=BOX, spread=2, coherence=0.99)
     query = scene.last_queries[0, 0]
     scores = true_scores(scene, 0, 1.5, None)[0, 0]
     lacking = scores.max() + 0.9 - scores[804]
     factor = 0.5 * scene.scale
     scene.key[0][804] += query * lacking / (factor * query.square().sum())
     scene.append_all()
-    assert report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=0)).dropped_mass.item() > 0.5
-    assert (
-        report_of(scene, Adaptive(reach=0.7, first_pages=2, guard=1 / 8)).dropped_mass.item() < 0.1
-    )
+    blind = Adaptive(reach=0.7, first_pages=2, guard=0)
+    assert report_of(scene, blind).dropped_mass.item() > 0.5
+    assert report_of(scene, Adaptive(reach=0.7, first_pages=2)).dropped_mass.item() < 0.1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -274,7 +286,8 @@ def test_an_infinite_key_prunes_nothing():
         ({"reach": float("inf")}, "reach is inf"),
         ({"margin": -1.0}, "margin is -1.0"),
         ({"first_pages": 1}, "first_pages is 1"),
-        ({"guard": 0.3}, "guard is 0.3"),
+        ({"guard": 0.9}, "guard is 0.9"),
+        ({"guard": float("inf")}, "guard is inf"),
     ],
     ids=[
         "no reach",
@@ -282,7 +295,8 @@ def test_an_infinite_key_prunes_nothing():
         "an infinite reach",
         "no margin",
         "no first page besides the last",
-        "guards that are no power of two",
+        "a guard below what is usual",
+        "an infinite guard",
     ],
 )
 def test_bad_settings_are_refused(settings, message):
