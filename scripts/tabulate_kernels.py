@@ -185,6 +185,21 @@ def serving_table(result: dict[str, Any]) -> list[str]:
     return table_lines(titles, rows)
 
 
+def layers_table(result: dict[str, Any]) -> list[str]:
+    titles = ["layers", "context", "arm", "us", "spread", "without products", "FA3 / ours"]
+    rows = (
+        (
+            row["layers"],
+            thousands(row["context"]),
+            row["arm"],
+            *(f"{row[name]:.1f}" for name in ("us", "us_spread", "alone_us")),
+            f"{row['ratio_fa3']:.2f}",
+        )
+        for row in result["rows"]
+    )
+    return table_lines(titles, rows)
+
+
 def server_table(result: dict[str, Any]) -> list[str]:
     titles = ["model", "selector", "requests", "pages read", "requests/s", "output tokens/s"]
     titles += ["first token ms, p50", "p99", "output token ms, p50", "p99"]
@@ -250,17 +265,29 @@ SECTIONS = (
         decode_table,
     ),
     ("bench-h200.json", "Beside other kernels, by `entmaxkv bench`", bench_table),
+    ("bench-h200-again.json", "The same once more", bench_table),
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
     ("serving-h200-overlapped.json", "The same, decoding that overlaps append", serving_table),
     ("serving-h200-stored.json", "The same, `exact` storing all scores", serving_table),
     ("serving-h200-launches.json", "The same, launches that start early", serving_table),
+    (
+        "serving-h200-launches-first.json",
+        "An earlier run of it, on another machine",
+        serving_table,
+    ),
+    ("layers-h200.json", "A step between the matrix products of its layer", layers_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),
     ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),
     ("fuzz-h200.json", "Random cases against fp64", fuzz_table),
     ("sanitizer-h200.json", "compute-sanitizer", sanitizer_table),
+    (
+        "sanitizer-h200-beside-fuzz.json",
+        "compute-sanitizer beside the random cases above",
+        sanitizer_table,
+    ),
 )
 
 
