@@ -265,7 +265,7 @@ SECTIONS = (
         decode_table,
     ),
     ("bench-h200.json", "Beside other kernels, by `entmaxkv bench`", bench_table),
-    ("bench-h200-again.json", "The same once more", bench_table),
+    ("again/bench-h200.json", "The same once more", bench_table),
     ("prefill-h200.json", "Prefill", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
