@@ -268,7 +268,8 @@ def analyze_decode(
         page = rows.page.clamp_max(selection.selected.shape[-1] - 1)
         unread = ~selection.selected[place].gather(1, page)[:, None]  # [rows, 1, K]
         tau[place] = rows.tau
-        dropped[place] = (rows.weights.sum(-1) * unread).sum(-1)
+        # Rounded weights may add up to more than 1.
+        dropped[place] = (rows.weights.sum(-1) * unread).sum(-1).clamp_max(1)
         support = (rows.weights > 0).sum(-1)
         recall[place] = ((support * ~unread).sum(-1) / support.sum(-1)).to(recall.dtype)
         exact[place] = rows.output
