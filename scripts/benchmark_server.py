@@ -12,6 +12,7 @@ selector never ran.
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def measure(arm: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
         settings["token_budget"] = args.token_budget
     load = from_arguments(Load, args)
     options = {"entmaxkv": settings}
+    began = time.perf_counter()
     with Server(str(model), additional_config=options, arguments=arguments) as server:
+        # A run that is cut short tells how far it came.
+        print(f"{arm}: answers after {time.perf_counter() - began:.0f} s", flush=True)
         row = bench.measure(server.url, "model", load)
     return {"model": args.model.name if args.model else args.shape, "selector": arm, **row}
 
