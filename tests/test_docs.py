@@ -197,8 +197,9 @@ def test_trained_twins_have_no_bound_below_the_truth_and_entmax_drops_less():
         for name in tabulate_trained.TWINS
         for row in tabulate_trained.of_model(name, "attention")[0]
     }
-    for row in rows.values():
-        assert row.get("least_slack_of_bound", 0) >= -1e-5
+    slack = [row["least_slack_of_bound"] for row in rows.values() if "dropped_bound" in row]
+    # Masses added up to 1 + 2^-23 in fp32.
+    assert len(slack) > 300 and min(slack) >= -(2**-23)
     for context in (8192, 16384):
         for budget in (512, 1024, 2048, 4096):
             dropped = [

@@ -57,7 +57,7 @@ def adaptive_pages(
     wanted = ~(page_reaches(candidates, reach) <= lowest)
     if selector.guard:
         outlying = outlying_pages(candidates, selector.guard)[:, :, None]
-        wanted |= outlying & (radius_bounds(candidates) > lowest)
+        wanted |= outlying & ~(radius_bounds(candidates) <= lowest)
     return wanted.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
 
 
@@ -136,18 +136,20 @@ def furthest(candidates: Candidates, first: Tensor, scores: Tensor) -> Tensor:
 
 
 def outlying_pages(candidates: Candidates, guard: float) -> Tensor:
-    """Pages [B, kv_heads, P] bool whose radius is more than `guard` times the mean of those of the
-    NEIGHBOURS pages that they are one of."""
+    """Pages [B, kv_heads, P] bool whose radius is infinite, or more than `guard` times the mean of
+    the finite ones of the NEIGHBOURS pages that they are one of."""
     assert candidates.radius is not None
-    ranked = candidates.ranked[:, None]
-    radius = candidates.radius[..., 0].masked_fill(~ranked, 0)
+    radius = candidates.radius[..., 0]
+    infinite = radius.isposinf() & candidates.ranked[:, None]
+    ranked = candidates.ranked[:, None] & ~infinite
+    radius = radius.masked_fill(~ranked, 0)
     pages = radius.shape[-1]
     near, held = (
         torch.nn.functional.pad(x, (0, -pages % NEIGHBOURS)).unflatten(-1, (-1, NEIGHBOURS))
         for x in (radius, ranked)
     )
     outlying = near * held.sum(-1, keepdim=True) > guard * near.sum(-1, keepdim=True)
-    return outlying.flatten(-2)[..., :pages]
+    return outlying.flatten(-2)[..., :pages] | infinite
 
 
 def _ranked(candidates: Candidates, heights: Tensor) -> Tensor:

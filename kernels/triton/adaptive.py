@@ -168,12 +168,13 @@ def load_radii(p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head
 
 @triton.jit
 def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
-    """Whether a radius is more than `guard` times the mean of those of NEAR pages, [BL]; it is 0
-    where there is no page."""
-    b_near = tl.reshape(b_radius, [BL // NEAR, NEAR])
-    b_held = tl.sum(tl.reshape(m_page.to(tl.float32), [BL // NEAR, NEAR]), 1)
+    """Whether a radius is infinite, or more than `guard` times the mean of the finite ones of NEAR
+    pages, [BL]."""
+    m_near = m_page & (b_radius < float("inf"))
+    b_near = tl.reshape(tl.where(m_near, b_radius, 0.0), [BL // NEAR, NEAR])
+    b_held = tl.sum(tl.reshape(m_near.to(tl.float32), [BL // NEAR, NEAR]), 1)
     m_outlying = b_near * b_held[:, None] > guard * tl.sum(b_near, 1)[:, None]
-    return tl.reshape(m_outlying, [BL])
+    return tl.reshape(m_outlying, [BL]) | (b_radius == float("inf"))
 
 
 @triton.jit
@@ -195,8 +196,8 @@ def wanted_kernel(
     OWN_REACH: how high scores reach is what each head's first pages show, times the margin; else
     it is `reach`.
     PROVE: pages are to be read that can hold weight, whatever rounding did.
-    GUARDED: pages with a radius of more than `guard` times that of their neighbours are judged by
-    their bounds.
+    GUARDED: pages with a radius of more than `guard` times the mean of their neighbours' are judged
+    by their bounds.
     FP: places of the first pages of a head. FPP, FN: for those and their scores, powers of two.
     """
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -239,7 +240,7 @@ def wanted_kernel(
     if GUARDED:
         b_bound = b_above + (b_radius[:, None] - 1.0) * b_spread
         m_outlying = are_outlying(b_radius, m_page, guard, BL)
-        m_wanted |= (m_outlying[:, None] & (b_bound > 0.0)).to(tl.int32)
+        m_wanted |= m_outlying[:, None].to(tl.int32) & (1 - (b_bound <= 0.0).to(tl.int32))
     b_wanted = tl.max(tl.where(m_g[None, :], m_wanted, 0), 1)
     b_wanted |= is_first(p_first_page, i_row, o_page, classes, G, GW, FP)
     b_wanted = tl.where(m_page, b_wanted, 0)

@@ -62,8 +62,12 @@ def test_long_rows_have_more_first_pages_and_several_tiles(monkeypatch):
 
 @pytest.mark.parametrize(
     "selector, place, number",
-    [(PRUNE, 2, torch.inf), (Adaptive(reach=0.1, first_pages=4, guard=0), 1, torch.nan)],
-    ids=["pruned", "adaptive"],
+    [
+        (PRUNE, 2, torch.inf),
+        (Adaptive(reach=0.1, first_pages=4, guard=0), 1, torch.nan),
+        (Adaptive(reach=0.1, first_pages=4), 2, torch.inf),
+    ],
+    ids=["pruned", "adaptive", "adaptive by its guard"],
 )
 def test_pages_without_numbers_may_hold_anything(selector, place, number):
     scene = sparse_scene(selector, [500], coherence=0.99)
