@@ -169,7 +169,7 @@ def test_a_study_of_selectors_has_a_panel_for_each_kind_of_heads(matplotlib):
         study_row("gaussian", 0.5, 0.1, **short),
         study_row("gaussian, quantile 0.5", 0.6, 0.01, **long),
         study_row("gaussian", 0.3, 0.2, **long),
-        study_row("guard 1.5%, reach 2", 0.3, 0.2, **long),
+        study_row("guard 1.3, reach 2", 0.3, 0.2, **long),
         study_row("gaussian", 0.9, 0.0, **long | {"needle": True}),
     ]
     recorded = [study_row("topk, 3%", 0.03, 0.4, model="twin", layer=n) for n in (0, "all")]

@@ -41,7 +41,11 @@ def test_first_pages_are_read_whatever_they_reach():
     assert ((pages[1].sum(-1) >= 3) & (pages[1].sum(-1) <= 5)).all()
 
 
-def test_pages_with_larger_radii_than_their_neighbours_are_judged_by_their_bounds():
+@pytest.mark.parametrize("tile", [32, 64], ids="tiles of {} pages".format)
+def test_pages_with_larger_radii_than_their_neighbours_are_judged_by_their_bounds(
+    monkeypatch, tile
+):
+    monkeypatch.setattr(workspace.Shape, "list_tile", tile)
     blind, guarded = (Adaptive(reach=0.01, first_pages=3, guard=guard) for guard in (0, 1.1))
     scene = sparse_scene(guarded, [0, 700, 300])
     scene.cache.scales[scene.block_table[1, [5, 41]].long(), :, 2] *= 1.5
