@@ -118,18 +118,20 @@ def write_page(
     """
     o_r, o_d = tl.arange(0, P), tl.arange(0, DP)
     m_d = (o_d < D)[None, :]
-    last = slot % P
+    last = (slot % P).to(tl.int32)
     back = last - o_r
-    o_token = i_t - back
     # The first of the tokens before this one whose slot does not lead up to its own.
     m_other = (o_r <= last) & (b_earlier != slot - o_r)
     newest_old = last - tl.min(tl.where(m_other, o_r, last + 1), 0)
     m_new = ((o_r > newest_old) & (back >= 0))[:, None] & m_d
 
-    o_page = (slot // P) * s_page + i_h * s_head
-    o_row = o_page + o_r[:, None] * D + o_d[None, :]
-    o_key = i_h * s_key_head + o_token[:, None] * s_key_token + o_d[None, :]
-    o_value = i_h * s_value_head + o_token[:, None] * s_value_token + o_d[None, :]
+    o_page, o_token = (slot // P) * s_page + i_h * s_head, i_t - last
+    o_row = o_r[:, None] * D + o_d[None, :]
+    p_cache_key, p_cache_value = p_cache_key + o_page, p_cache_value + o_page
+    p_key += i_h * s_key_head + o_token * s_key_token
+    p_value += i_h * s_value_head + o_token * s_value_token
+    o_key = o_r[:, None] * s_key_token + o_d[None, :]
+    o_value = o_r[:, None] * s_value_token + o_d[None, :]
     b_key = tl.load(p_key + o_key, mask=m_new, other=0.0)  # [P, DP]
     b_value = tl.load(p_value + o_value, mask=m_new)
     if STATISTICS > 0:
@@ -160,7 +162,14 @@ def write_page(
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# Pages and rows that are not aligned have one channel per thread in loads: what is found of a channel
+# over the rows of a page takes no exchange between threads.
+@triton.jit(
+    do_not_specialize=[
+        *("s_key_token", "s_key_head", "s_value_token", "s_value_head", "s_page", "s_head"),
+        *("s_statistics_page", "s_statistics_head", "tokens"),
+    ]
+)
 def append_kernel(
     p_key, p_value, p_slot, p_cache_key, p_cache_value, p_statistics, p_scales, p_counters,
     s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
@@ -239,5 +248,5 @@ def append(
         COUNT=counters is not None,
         CHAINED=chained,
         **({"launch_pdl": True} if chained else {}),
-        num_warps=max(1 if block == 1 else 4, cache.layout.page_size * padded // 2048),
+        num_warps=min(16, max(1, padded // 32) * max(1, cache.layout.page_size // 16)),
     )
