@@ -368,6 +368,8 @@ def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
             arguments,
             BN=max(32, shape.page_size),
             num_warps=8,
+            # It starts beside the programs that it follows, and mostly ends with them.
+            maxnreg=128,
             **({"launch_cooperative_grid": True} if on_gpu else {}),
         )
 
