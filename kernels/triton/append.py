@@ -103,13 +103,28 @@ def radius_of(b_key, m_key, b_center, b_half):
 
 
 @triton.jit
+def write_row(
+    p_new, p_cache, i_t, i_h, slot, s_token, s_new_head, s_page, s_head, scale,
+    D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Writes one new token's key or value."""
+    o_d = tl.arange(0, DP)
+    o_row = (slot // P) * s_page + i_h * s_head + (slot % P) * D
+    b_row = tl.load(p_new + i_h * s_new_head + i_t * s_token + o_d, mask=o_d < D)
+    b_row = to_stored(b_row, scale, p_cache.dtype.element_ty)
+    tl.store(p_cache + o_row + o_d, b_row, mask=o_d < D)
+
+
+@triton.jit
 def write_page(
     p_key, p_value, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
     b_earlier, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
     s_statistics_page, s_statistics_head, key_scale, value_scale,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the new rows of the page of which token i_t is the last one, and its statistics.
+    """Writes the statistics of the page of which token i_t is the last one, and where ROWS its new
+    rows.
 
     b_earlier: [P], slots of that token and of those before it, backwards.
 
@@ -130,17 +145,16 @@ def write_page(
     p_cache_key, p_cache_value = p_cache_key + o_page, p_cache_value + o_page
     p_key += i_h * s_key_head + o_token * s_key_token
     p_value += i_h * s_value_head + o_token * s_value_token
-    o_key = o_r[:, None] * s_key_token + o_d[None, :]
-    o_value = o_r[:, None] * s_value_token + o_d[None, :]
-    b_key = tl.load(p_key + o_key, mask=m_new, other=0.0)  # [P, DP]
-    b_value = tl.load(p_value + o_value, mask=m_new)
+    b_key = tl.load(p_key + o_r[:, None] * s_key_token + o_d[None, :], mask=m_new, other=0.0)
     if STATISTICS > 0:
         # Before anything is stored, which loads would wait for.
         b_old = tl.load(p_cache_key + o_row, mask=(o_r <= newest_old)[:, None] & m_d, other=0.0)
-    b_key = to_stored(b_key, key_scale, p_cache_key.dtype.element_ty)
-    tl.store(p_cache_key + o_row, b_key, mask=m_new)
-    b_value = to_stored(b_value, value_scale, p_cache_value.dtype.element_ty)
-    tl.store(p_cache_value + o_row, b_value, mask=m_new)
+    b_key = to_stored(b_key, key_scale, p_cache_key.dtype.element_ty)  # [P, DP]
+    if ROWS:
+        b_value = tl.load(p_value + o_r[:, None] * s_value_token + o_d[None, :], mask=m_new)
+        b_value = to_stored(b_value, value_scale, p_cache_value.dtype.element_ty)
+        tl.store(p_cache_key + o_row, b_key, mask=m_new)
+        tl.store(p_cache_value + o_row, b_value, mask=m_new)
     if STATISTICS > 0:
         b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
@@ -162,8 +176,8 @@ def write_page(
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
 
-# Pages and rows that are not aligned have one channel per thread in loads: what is found of a channel
-# over the rows of a page takes no exchange between threads.
+# Pages and rows that are not aligned have one channel per thread in loads: what is found of a
+# channel over the rows of a page takes no exchange between threads.
 @triton.jit(
     do_not_specialize=[
         *("s_key_token", "s_key_head", "s_value_token", "s_value_head", "s_page", "s_head"),
@@ -177,7 +191,8 @@ def append_kernel(
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, STATISTICS: tl.constexpr,
     TOKENS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page.
+    """Looks at TOKENS tokens of one KV head; the last new token of a page writes all of the page,
+    or where every program has one token, its statistics.
 
     It is the last one when the page is full or the next token is not the next slot.
     """
@@ -190,15 +205,26 @@ def append_kernel(
         b_earlier = tl.load(p_slot + o_t, mask=(o_t >= 0) & (o_t < tokens), other=-1)
         slot = tl.load(p_slot + i_t, mask=i_t < tokens, other=-1)
         following = tl.load(p_slot + i_t + 1, mask=i_t + 1 < tokens, other=-1)
-        if (slot >= 0) & ((slot % P == P - 1) | (following != slot + 1)):
+        last = (slot >= 0) & ((slot % P == P - 1) | (following != slot + 1))
+        if last & ((TOKENS > 1) | (STATISTICS > 0)):
             write_page(
                 p_key, p_value, p_cache_key, p_cache_value, p_statistics, p_scales, i_t, i_h, slot,
                 b_earlier, s_key_token, s_key_head, s_value_token, s_value_head, s_page, s_head,
                 s_statistics_page, s_statistics_head, key_scale, value_scale, D, DP, P, STATISTICS,
+                TOKENS > 1,
             )  # fmt: skip
-            if COUNT:
-                one = tl.full([], 1, tl.int64)
-                tl.atomic_add(p_counters + APPENDED_PAGES, one, sem="relaxed")
+        if TOKENS == 1 and slot >= 0:
+            write_row(
+                p_key, p_cache_key, i_t, i_h, slot, s_key_token, s_key_head, s_page, s_head,
+                key_scale, D, DP, P,
+            )  # fmt: skip
+            write_row(
+                p_value, p_cache_value, i_t, i_h, slot, s_value_token, s_value_head, s_page, s_head,
+                value_scale, D, DP, P,
+            )  # fmt: skip
+        if COUNT and last:
+            one = tl.full([], 1, tl.int64)
+            tl.atomic_add(p_counters + APPENDED_PAGES, one, sem="relaxed")
 
 
 def append(
