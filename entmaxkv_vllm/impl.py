@@ -244,8 +244,15 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         if self.max_batched_tokens > LONG_PROMPT:
             tokens = query.new_zeros(LONG_PROMPT + 1, self.num_kv_heads, self.head_size)
             slots = torch.full((len(tokens),), -1, dtype=torch.int64, device=query.device)
-            scales = self._scales(layer)
-            append(pages, tokens, tokens, slots, implementation=self.kernels, **scales)
+            append(
+                pages,
+                tokens,
+                tokens,
+                slots,
+                counters=self.counters.row(self.index_of(layer), query.device),
+                implementation=self.kernels,
+                **self._scales(layer),
+            )
 
     def _prepare(self, layer: AttentionLayer, query: torch.Tensor) -> None:
         """While vLLM profiles its memory: take what steps will take, and what graphs will read."""
