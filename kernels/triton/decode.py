@@ -28,6 +28,7 @@ from .workspace import (
     first_pages_of,
     power_of_two,
     processors,
+    shape_of,
 )
 
 NO_CHOICE: dict[str, Any] = dict.fromkeys(
@@ -183,7 +184,7 @@ def step_shape(
 ) -> Shape:
     """What the launches of a step depend on."""
     kv_heads, page_size = cache.key.shape[1:3]
-    return Shape(
+    return shape_of(
         len(query),
         query.shape[1],
         kv_heads,

@@ -1,7 +1,7 @@
 """How a decode step is divided over the chip, and the scratch memory that it needs."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -107,75 +107,75 @@ class Shape:
     certified: bool = False
     first_pages: int = 0
 
-    @property
+    @cached_property
     def listed(self) -> bool:
         return self.selector != "exact"
 
-    @property
+    @cached_property
     def max_read(self) -> int:
         return self.max_tokens if self.budget is None else min(self.max_tokens, self.budget)
 
-    @property
+    @cached_property
     def group(self) -> int:
         return self.query_heads // self.kv_heads
 
-    @property
+    @cached_property
     def planned_batch(self) -> int:
         """The batch that the chip is divided for: each division compiles kernels of its own, and a
         batch that was padded is divided like the one that it was."""
         return power_of_two(self.batch)
 
-    @property
+    @cached_property
     def group_width(self) -> int:
         """Places of the numbers that a page has for the heads of a group, side by side."""
         return power_of_two(self.group)
 
-    @property
+    @cached_property
     def padded_head_size(self) -> int:
         return max(16, power_of_two(self.head_size))
 
-    @property
+    @cached_property
     def padded_group(self) -> int:
         """Columns of a score tile; matrix products take at least 8."""
         return max(8, power_of_two(self.group))
 
-    @property
+    @cached_property
     def row_size(self) -> int:
         """Bytes of a key where it is multiplied, before which fp8 becomes 16 bits wide, and of a
         statistic where it is."""
         return self.padded_head_size * max(2, self.dtype.itemsize)
 
-    @property
+    @cached_property
     def tile(self) -> int:
         """Tokens whose keys are scored together: 32 KiB of keys, but whole pages."""
         return max(128 if self.row_size <= 256 else 64, self.page_size)
 
-    @property
+    @cached_property
     def page_tile(self) -> int:
         """Pages whose statistics are scored together: 32 KiB of them where they are multiplied, at
         most 64 pages."""
         return max(16, min(64, (1 << 14) // self.row_size))
 
-    @property
+    @cached_property
     def splits(self) -> int:
         """Programs per sequence and KV head: one wave in all, and a tile for each."""
         return min(self._programs(16 // self.collect_warps), -(-self.max_read // self.tile))
 
-    @property
+    @cached_property
     def collect_warps(self) -> int:
         """Warps of each of them: more where a program ranks more pages than four hold."""
         ranks = self.selector == "topk" and self.ranked_by_readers
         held = power_of_two(self.max_pages) * self.group_width
         return 8 if ranks and held > RANKED_REACHES // 2 else 4
 
-    @property
+    @cached_property
     def overlapped(self) -> bool:
         """Whether programs that rank what they read may start beside those that score pages, and
         the next launch beside them: where few are wanted, or one fills half a multiprocessor. Of
         others several would share one, and leave the next without."""
         return self.ranked_by_readers and (self.max_pages <= 512 or self.collect_warps > 4)
 
-    @property
+    @cached_property
     def page_splits(self) -> int:
         """The same for the scores of pages."""
         return min(self._programs(4), -(-self.max_pages // self.page_tile))
@@ -186,17 +186,17 @@ class Shape:
             programs = 1 << (programs.bit_length() - 1)
         return max(1, min(programs, _MOST_SPLITS))
 
-    @property
+    @cached_property
     def most_capacity(self) -> int:
         """Tokens that a split reads at most."""
         return -(-self.max_read // (self.splits * self.tile)) * self.tile
 
-    @property
+    @cached_property
     def crowded(self) -> bool:
         """Whether the programs that weigh values are more than a multiprocessor has room for."""
         return self.value_parts * self.query_heads * self.planned_batch > 2 * self.processors
 
-    @property
+    @cached_property
     def store_below(self) -> int:
         """Rows that read at most so many tokens store all scores."""
         if self.budget is not None:
@@ -204,7 +204,7 @@ class Shape:
         stored = STORED_BYTES // (4 * self.planned_batch * self.query_heads)
         return max(STORE_BELOW, self.max_read if self.max_read <= stored else 0)
 
-    @property
+    @cached_property
     def held(self) -> int:
         """Places of the scores of a query head in the registers of a program, 0 if they are too
         many, or better shared by several."""
@@ -212,7 +212,7 @@ class Shape:
         most = HELD if self.budget is None else HELD_LISTED
         return 0 if self.crowded or places > most else max(128, power_of_two(places))
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """Classes of the tokens of a split, the largest score of each of which is kept. Pages that
         were chosen have many tokens of the support: few classes would have few of them for maxima.
@@ -220,73 +220,73 @@ class Shape:
         few = self.held > 0 or self.max_read <= HELD or self.max_read > self.store_below
         return 4 if self.budget is None or few or self.near < self.most_near else 16
 
-    @property
+    @cached_property
     def page_step(self) -> int:
         """One page of a long row in so many is sampled."""
         return max(1, power_of_two(self.max_pages) // SAMPLED.value)
 
-    @property
+    @cached_property
     def sample(self) -> int:
         """Tokens that the guess of a threshold samples."""
         return 4096 if self.max_read >= 1 << 18 else 2048
 
-    @property
+    @cached_property
     def value_parts(self) -> int:
         """Programs per query head that weigh its values: 64 bytes of a value at least."""
         most = max(1, self.padded_head_size * self.dtype.itemsize // 64)
         free = max(1, self.processors // (self.planned_batch * self.query_heads))
         return min(4, most, 1 << (free.bit_length() - 1))
 
-    @property
+    @cached_property
     def filter_parts(self) -> int:
         """Programs per query head that pack its candidates."""
         wanted = max(1, 16 * self.processors // (self.planned_batch * self.query_heads))
         wanted = 1 << (min(wanted, 16).bit_length() - 1)
         return min(wanted, power_of_two(self.splits))
 
-    @property
+    @cached_property
     def most_near(self) -> int:
         """Candidates that one of those programs can meet: all that its splits read."""
         return power_of_two(self.splits) // self.filter_parts * self.most_capacity
 
-    @property
+    @cached_property
     def near(self) -> int:
         """Candidates above the lower bound of a threshold that each of them keeps."""
         share = max(1024, min(_MOST_NEAR, _NEAR // (self.planned_batch * self.query_heads)))
         # A multiple of 16, or each batch size would compile kernels of its own.
         return -(-min(self.most_near, share // self.filter_parts) // 16) * 16
 
-    @property
+    @cached_property
     def partials(self) -> int:
         """Partial sums of values: of the splits, and of all programs that work on one row."""
         splits = self.batch * self.query_heads * self.splits
         return max(splits, self.processors * self.group)
 
-    @property
+    @cached_property
     def max_pages(self) -> int:
         return -(-self.max_tokens // self.page_size)
 
-    @property
+    @cached_property
     def page_stride(self) -> int:
         """Places for the pages of a row, a multiple of 16."""
         return -(-self.max_pages // 16) * 16
 
-    @property
+    @cached_property
     def ranked_by_readers(self) -> bool:
         """Whether the programs that read the pages of a row rank them first, each all of them."""
         return not self.long_rows and self.max_pages <= RANKED_BY_READERS
 
-    @property
+    @cached_property
     def long_rows(self) -> bool:
         """Whether a row can have more pages than one program should rank."""
         return self.selector == "topk" and self.max_pages > self.ranked_alone
 
-    @property
+    @cached_property
     def ranked_alone(self) -> int:
         """Pages of a row up to which one program ranks them."""
         return min(RANKED_ALONE, RANKED_REACHES // self.group_width)
 
-    @property
+    @cached_property
     def list_tile(self) -> int:
         """Pages that one of the programs that list those of a row looks at."""
         if self.selector == "topk" and not self.long_rows:
@@ -294,7 +294,7 @@ class Shape:
         tile = 1024 if self.max_pages <= 1 << 15 else 2048
         return min(tile, (1 << 16) // self.group_width)
 
-    @property
+    @cached_property
     def first_tiles(self) -> int:
         """Programs that score the first pages of a query head, a tile each."""
         return -(-self.first_pages // (self.tile // self.page_size))
@@ -304,13 +304,13 @@ class Shape:
         pages, or 16 a thread."""
         return min(power_of_two(-(-self.max_pages // parts)), 512 * warps)
 
-    @property
+    @cached_property
     def most_members(self) -> int:
         """Pages about the last one of a budget that there is room for: more than a share that a
         sample leaves open."""
         return min(max(1024, power_of_two(self.max_pages) // 8), 1 << 14)
 
-    @property
+    @cached_property
     def list_tiles(self) -> int:
         return -(-self.max_pages // self.list_tile)
 
@@ -391,11 +391,11 @@ class Shape:
         sizes = (dtype.itemsize * count for dtype, count in self.fields(capacity).values())
         return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
-    @property
+    @cached_property
     def least_size(self) -> int:
         return self.size(16)
 
-    @property
+    @cached_property
     def good_size(self) -> int:
         """Bytes with which failures of the lists are rare."""
         places = min(self.max_read, self.store_below)
@@ -405,22 +405,43 @@ class Shape:
 
     def capacity(self, size: int) -> int:
         """Places in the list of each split that a workspace of `size` bytes allows."""
-        entry = 4 * self.batch * (self.kv_heads + self.query_heads) * self.splits
-        # The parts are aligned: start with what they could have at most.
-        spare = max(0, size - self.least_size) + _ALIGNMENT * len(self.fields(16))
-        capacity = min(16 + spare // entry // 16 * 16, max(self.tile, self.most_capacity))
-        while self.size(capacity) > size:
-            capacity -= 16
-        return capacity
+        return _capacity(self, size)
 
     def divide(self, workspace: Tensor, capacity: int) -> dict[str, Tensor]:
         """The parts of a workspace, by name."""
-        parts, start = {}, 0
-        for name, (dtype, count) in self.fields(capacity).items():
-            size = dtype.itemsize * count
-            parts[name] = workspace[start : start + size].view(dtype)
-            start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        views: dict[torch.dtype, Tensor] = {}
+        parts = {}
+        for name, dtype, start, count in _places(self, capacity):
+            if dtype not in views:
+                whole = len(workspace) // dtype.itemsize * dtype.itemsize
+                views[dtype] = workspace[:whole].view(dtype)
+            parts[name] = views[dtype][start : start + count]
         return parts
+
+
+shape_of = lru_cache(maxsize=4096)(Shape)
+"""The same object for the same arguments: what it knows is found out once, not by every step."""
+
+
+@lru_cache(maxsize=4096)
+def _capacity(shape: Shape, size: int) -> int:
+    entry = 4 * shape.batch * (shape.kv_heads + shape.query_heads) * shape.splits
+    # The parts are aligned: start with what they could have at most.
+    spare = max(0, size - shape.least_size) + _ALIGNMENT * len(shape.fields(16))
+    capacity = min(16 + spare // entry // 16 * 16, max(shape.tile, shape.most_capacity))
+    while shape.size(capacity) > size:
+        capacity -= 16
+    return capacity
+
+
+@lru_cache(maxsize=4096)
+def _places(shape: Shape, capacity: int) -> tuple[tuple[str, torch.dtype, int, int], ...]:
+    """Name, dtype, first element and number of elements of each part of a workspace."""
+    places, start = [], 0
+    for name, (dtype, count) in shape.fields(capacity).items():
+        places.append((name, dtype, start // dtype.itemsize, count))
+        start += -(-dtype.itemsize * count // _ALIGNMENT) * _ALIGNMENT
+    return tuple(places)
 
 
 def decode_workspace_size(

@@ -1,5 +1,6 @@
 """Exact decode, compiled: as accurate as straightforward PyTorch, whatever its guesses."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -105,7 +106,7 @@ def few_splits(monkeypatch):
 
 def small_chip(scene, alpha=1.5, **options):
     step = Step(scene, Exact(), alpha=alpha, **options)
-    step.shape = step.shape.__class__(**{**vars(step.shape), "processors": 1})
+    step.shape = replace(step.shape, processors=1)
     return step
 
 
@@ -217,3 +218,14 @@ def test_a_workspace_for_many_sequences_serves_fewer():
         shape = Shape(batch, **options, processors=132)
         assert shape.size(shape.capacity(size)) <= size
         assert shape.capacity(size) >= shape.capacity(shape.good_size)
+
+
+def test_what_a_step_is_divided_by_is_found_out_once():
+    shape = workspace.shape_of(2, 4, 2, 64, 16, torch.float32, 512, 132)
+    again = workspace.shape_of(2, 4, 2, 64, 16, torch.float32, 512, 132)
+    assert again is shape and again == Shape(2, 4, 2, 64, 16, torch.float32, 512, 132)
+    scratch = torch.zeros(shape.good_size, dtype=torch.uint8)
+    parts = shape.divide(scratch, shape.capacity(len(scratch)))
+    for value, part in enumerate(parts.values(), 1):
+        part.fill_(value)
+    assert all((part == value).all() for value, part in enumerate(parts.values(), 1))
