@@ -176,7 +176,7 @@ def write_page(
         tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
 
-# Pages and rows that are not aligned have one channel per thread in loads: what is found of a
+# Rows that are not known to be aligned have one channel per thread in loads: what is found of a
 # channel over the rows of a page takes no exchange between threads.
 @triton.jit(
     do_not_specialize=[
@@ -227,6 +227,10 @@ def append_kernel(
             tl.atomic_add(p_counters + APPENDED_PAGES, one, sem="relaxed")
 
 
+# Rows of pages without statistics are only copied.
+copy_kernel = triton.jit(append_kernel.fn, do_not_specialize=["tokens"])
+
+
 def append(
     cache: PagedCache,
     key: Tensor,
@@ -250,7 +254,8 @@ def append(
     block = 1 if tokens <= LONG_PROMPT else cache.layout.page_size
     padded = power_of_two(head_size)
     chained = can_chain(key.device)
-    append_kernel[(triton.cdiv(tokens, block), kv_heads)](
+    kernel = append_kernel if cache.layout.statistics else copy_kernel
+    kernel[(triton.cdiv(tokens, block), kv_heads)](
         key,
         value,
         slot_mapping,

@@ -133,6 +133,7 @@ def main() -> None:
     prefill_step(1.5, FP8)
     append_step(Gaussian.statistics, torch.bfloat16)
     append_step(TopK.statistics, FP8)
+    append_step((), torch.bfloat16)
     print(*sorted(compiled), sep="\n")
 
 
