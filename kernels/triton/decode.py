@@ -17,7 +17,8 @@ from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
 from .filter import filter_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
-from .nearest import choose_kernel, distance_kernel, list_nearest_kernel
+from .nearest import choose_kernel
+from .nearest_long import distance_kernel, list_nearest_kernel
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
@@ -34,7 +35,7 @@ from .workspace import (
 NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
         *("p_listed", "p_listed_count", "p_reach", "p_page_extreme"),
-        *("p_spread", "p_page_sample", "p_member_count"),
+        *("p_spread", "p_page_sample", "p_member_count", "p_candidates"),
         *("budget", "BL", "PS", "PSP"),
     )
 )
@@ -217,6 +218,7 @@ def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
         "BL": shape.list_tile,
         "ALONE": shape.ranked_alone,
         "BM": shape.most_members,
+        "BF": shape.most_candidates,
         "NT": power_of_two(shape.list_tiles),
         "LONG": shape.long_rows,
         "STEP": shape.page_step,
@@ -243,7 +245,8 @@ def _list_pages(
         _chain(box_kernel, rows, arguments, **most)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
-            _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
+            if not shape.most_candidates:
+                _chain(list_nearest_kernel, tiles, arguments, num_warps=8)
         elif not arguments["CHOOSING"]:
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
     elif isinstance(selector, Adaptive | Exact):

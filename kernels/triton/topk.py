@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..reference.quest import LEAST_QUERY
-from .nearest import SAMPLED
+from .nearest_long import SAMPLED
 from .pages import load_statistics, ranked_pages
 from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
 

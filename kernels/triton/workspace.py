@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..reference.adaptive import FIRST_SHARE, most_first
 from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .fallback import TRIALS
-from .nearest import SAMPLED
+from .nearest_long import DEVIATIONS, SAMPLED
 
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
@@ -34,6 +35,12 @@ RANKED_ALONE = 4096
 
 RANKED_REACHES = 16384
 """Numbers of these pages for the heads of a group that it holds: more pages of smaller groups."""
+
+LISTED_BY_LAST = 16384
+"""Pages of a long row up to which the program that ranks the last of them lists the chosen ones."""
+
+CANDIDATES = 2048
+"""Pages among which it finds these, at most."""
 
 CAPACITY_FRACTION = 8
 """Of the tokens beyond STORE_BELOW one in this many has a place in the lists of candidates."""
@@ -277,6 +284,20 @@ class Shape:
         return not self.long_rows and self.max_pages <= RANKED_BY_READERS
 
     @cached_property
+    def most_candidates(self) -> int:
+        """Pages of a long row that may be chosen, with all that a sample leaves open, if one
+        program has room for them; 0 where they are too many, or rows too long."""
+        if not self.long_rows or self.max_pages > LISTED_BY_LAST:
+            return 0
+        chosen = self.max_read // self.page_size - 1
+        rank, share = chosen / self.page_step, chosen / self.max_pages
+        # As `distance_kernel` has them, and as many more as that is wrong by.
+        sampled = rank + 1.5 * (DEVIATIONS.value * sqrt(rank * (1 - share)) + 1) + 2
+        most = self.page_step * (sampled + DEVIATIONS.value * sqrt(sampled))
+        places = power_of_two(max(1024, int(most)))
+        return places if places <= CANDIDATES else 0
+
+    @cached_property
     def long_rows(self) -> bool:
         """Whether a row can have more pages than one program should rank."""
         return self.selector == "topk" and self.max_pages > self.ranked_alone
@@ -372,6 +393,8 @@ class Shape:
                 "members": (torch.int32, rows * 2 * self.most_members),
                 "member_count": (torch.int32, rows),
             }
+        if self.most_candidates:
+            fields["candidates"] = torch.int32, rows * 3 * self.page_stride
         if self.certified:
             fields |= {
                 "bound": (torch.float32, heads * self.page_stride),

@@ -118,10 +118,16 @@ def test_equal_pages_go_to_the_earlier_one():
     assert torch.equal(pages[0, 0].nonzero().flatten(), torch.tensor([0, 1, 2, 3, 31]))
 
 
-@pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
-def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, monkeypatch):
-    """Beside them are some that one program ranks."""
+@pytest.fixture(params=[2048, 0], ids=["listed by the last program", "listed by another launch"])
+def long_rows(request, monkeypatch):
+    """Rows of more than 64 pages are ranked by several programs."""
     monkeypatch.setattr(workspace, "RANKED_ALONE", 64)
+    monkeypatch.setattr(workspace, "CANDIDATES", request.param)
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
+def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, long_rows):
+    """Beside them are some that one program ranks."""
     lengths = [1100 * 16 + 1, 40, 1030 * 16, 64 * 16, 65 * 16, 0]
     scene = sparse_scene(TopK(1000), lengths, kv_heads=1, group=2)
     if equal:
@@ -149,17 +155,19 @@ def test_rows_may_be_ranked_by_programs_of_their_own(monkeypatch):
 
 
 def test_a_page_is_chosen_whoever_ranks_it(monkeypatch):
-    """By the programs that read the row, by one of a wide block table, or by several; also where
-    bounds are no numbers, infinite or equal."""
+    """By the programs that read the row, by one of a wide block table, or by several, of which the
+    last one or another launch lists it; also where bounds are no numbers, infinite or equal."""
     scene = sparse_scene(TopK(640), [2000, 300, 1024], kv_heads=1, group=2)
     scene.cache.scales[::7] = torch.nan
     scene.cache.scales[3] = torch.inf
     scene.cache.statistics[5::3] = scene.cache.statistics[5].clone()
     scene.cache.scales[5::3] = scene.cache.scales[5].clone()
     listed = []
-    for readers, alone in ((2048, 2048), (0, 2048), (0, 64), (0, 32)):
+    ways = (2048, 2048, 0), (0, 2048, 0), (0, 64, 0), (0, 32, 0), (0, 64, 2048), (0, 32, 2048)
+    for readers, alone, candidates in ways:
         monkeypatch.setattr(workspace, "RANKED_BY_READERS", readers)
         monkeypatch.setattr(workspace, "RANKED_ALONE", alone)
+        monkeypatch.setattr(workspace, "CANDIDATES", candidates)
         step = Step(scene, TopK(640))
         step.run()
         listed.append(listed_pages(step))
@@ -184,13 +192,37 @@ def test_many_equal_pages_go_to_the_earlier_ones():
     assert chosen[0, 0, :2060].all() and not chosen[0, 0, 2060:-1].any()
 
 
-def test_a_sample_that_misleads_is_made_up_for(monkeypatch):
-    """Of 2,100 pages every other one is sampled, and those between lie nearer."""
-    monkeypatch.setattr(workspace, "RANKED_ALONE", 64)
+@pytest.mark.parametrize("nearer", [True, False])
+def test_a_sample_that_misleads_is_made_up_for(nearer, long_rows):
+    """Of 2,100 pages every other one is sampled, and those between lie nearer, or farther."""
     scene = sparse_scene(TopK(1000), [2100 * 16 + 3], kv_heads=1, group=2)
-    scene.cache.scales[scene.block_table[0, 1:2100:2].long()] *= 3
+    others = torch.ones(2100, dtype=torch.bool)
+    others[::2] = False
+    moved = scene.block_table[0, :2100][others if nearer else ~others].long()
+    scene.cache.scales[moved] *= 3
     pages = check(TopK(1000), scene)
-    assert pages[0, 0, :2100:2].sum() < 10
+    assert (pages[0, 0, :2100:2].sum() < 10) == nearer
+
+
+def test_each_row_of_a_wide_table_has_its_own_rule(long_rows):
+    """Few pages, many of them ranked, read whole for their number or because they are flagged, and
+    a budget of more than there are; what is left out is marked for the certificate."""
+    lengths = [2000, 300, 1030, 1100, 1041, 0]
+    exact_rows = torch.tensor([False, False, False, True, False, False])
+    for budget, read in ((640, [41, 19, 65, 69, 41, 0]), (1100, [69, 19, 65, 69, 66, 0])):
+        scene = sparse_scene(TopK(budget), lengths, kv_heads=1, group=2)
+        options = {"exact_rows": exact_rows, "exact_below": 1030}
+        step = Step(scene, TopK(budget), certify=True, **options)
+        out = step.run()
+        expected, counters = step.run_reference()
+        assert (out - expected).abs().max() < 2e-5
+        pages = listed_pages(step)
+        assert pages.sum(-1).flatten().tolist() == read
+        assert torch.equal(step.counters[MATCHED], counters[MATCHED])
+        assert step.counters[Counter.PAGES_READ] == pages.sum()
+        unread = step.scratch("unread").view(len(lengths), -1)
+        for b, ranked in ((0, 124), (4, 65)):
+            assert torch.equal(unread[b, :ranked] == 0, pages[b, 0, :ranked])
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
