@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -68,6 +69,7 @@ class Server:
         ]
 
     def __enter__(self) -> Self:
+        _exit_when_terminated()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, start_new_session=True, env=_environment()
@@ -128,6 +130,12 @@ def read_metrics(url: str) -> dict[str, float]:
             name, value = line.partition("{")[0].split()[0], line.rsplit(maxsplit=1)[1]
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals
+
+
+def _exit_when_terminated() -> None:
+    """Make SIGTERM an exception, which ends servers; else it would end this process alone."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _free_port() -> int:
