@@ -85,6 +85,30 @@ def bracket(b_distance, within, lower, upper, slack):
 
 
 @triton.jit
+def list_by_distances(
+    p_block_table, p_distance, p_list, p_unread, i_b, i_row, ranked, s_block_table, list_stride,
+    page_stride, budget,
+    BL: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Lists the chosen pages of one long row by the distances of all."""
+    p_d = p_distance + i_row.to(tl.int64) * page_stride
+    found, nearer = tl.full([], STEPS, tl.int32), budget
+    if budget < ranked:
+        found, nearer = find_in_row(p_d, ranked, budget, BL)
+    before, tied_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for i_l in range(0, ranked, BL):
+        o_page = i_l + tl.arange(0, BL)
+        b_distance = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
+        b_page, _ = load_table(p_block_table, i_b, o_page, ranked, s_block_table)
+        b_place, before, tied_before = place_nearest(
+            b_distance, found, budget - nearer, before, tied_before, BL, CHAINED
+        )
+        store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
+        if CERTIFY:
+            mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
+
+
+@triton.jit
 def load_candidates(
     p_candidates, p_tile_count, i_row, ranked, page_stride,
     BL: tl.constexpr, NT: tl.constexpr, BF: tl.constexpr,
@@ -134,21 +158,10 @@ def list_candidates(
             m_candidate = tl.arange(0, BF) < total
             tl.store(p_u, tl.where(b_place < NEVER, 0, 1).to(tl.int8), mask=m_candidate)
     else:
-        p_d = p_distance + i_row.to(tl.int64) * page_stride
-        found, nearer = tl.full([], STEPS, tl.int32), budget
-        if budget < ranked:
-            found, nearer = find_in_row(p_d, ranked, budget, BL)
-        before, tied_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-        for i_l in range(0, ranked, BL):
-            o_page = i_l + tl.arange(0, BL)
-            b_distance = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER)
-            b_page, _ = load_table(p_block_table, i_b, o_page, ranked, s_block_table)
-            b_place, before, tied_before = place_nearest(
-                b_distance, found, budget - nearer, before, tied_before, BL, CHAINED
-            )
-            store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
-            if CERTIFY:
-                mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
+        list_by_distances(
+            p_block_table, p_distance, p_list, p_unread, i_b, i_row, ranked, s_block_table,
+            list_stride, page_stride, budget, BL, CERTIFY, CHAINED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])

@@ -117,10 +117,12 @@ def main() -> None:
     decode_step(TopK(512), 8192, exact_rows=exact_rows, exact_below=512)
     decode_step(TopK(4096), 1 << 16, exact_rows=exact_rows)
     decode_step(TopK(16384), 1 << 18)
+    decode_step(TopK(16384), 1 << 19)
     decode_step(TopK(512), 8192, alpha=mixed)
     certificate = torch.zeros(1, QUERY_HEADS)
     for tokens, budget, alpha in ((8192, 512, mixed), (1 << 16, 4096, 1.5), (1 << 18, 16384, 1.5)):
         decode_step(TopK(budget), tokens, alpha=alpha, certificate=certificate)
+    decode_step(TopK(16384), 1 << 19, certificate=certificate)
     decode_step(TopK(512), 8192, FP8, exact_rows=exact_rows, certificate=certificate)
     decode_step(Exact(), 8192, certificate=certificate)
     decode_step(Gaussian(), 8192, certificate=certificate)
