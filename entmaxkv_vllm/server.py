@@ -133,8 +133,10 @@ def read_metrics(url: str) -> dict[str, float]:
 
 
 def _exit_when_terminated() -> None:
-    """Make SIGTERM an exception, which ends servers; else it would end this process alone."""
-    if threading.current_thread() is threading.main_thread():
+    """Make SIGTERM an exception, which ends servers, unless this process has a use for it already;
+    else it would end this process alone."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 

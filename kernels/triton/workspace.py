@@ -37,7 +37,7 @@ RANKED_REACHES = 16384
 """Numbers of these pages for the heads of a group that it holds: more pages of smaller groups."""
 
 LISTED_BY_LAST = 16384
-"""Pages of a long row up to which the program that ranks the last of them lists the chosen ones."""
+"""Pages of a long row up to which the last program to rank some of them lists the chosen ones."""
 
 CANDIDATES = 2048
 """Pages among which it finds these, at most."""

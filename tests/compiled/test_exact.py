@@ -220,10 +220,17 @@ def test_a_workspace_for_many_sequences_serves_fewer():
         assert shape.capacity(size) >= shape.capacity(shape.good_size)
 
 
-def test_what_a_step_is_divided_by_is_found_out_once():
-    shape = workspace.shape_of(2, 4, 2, 64, 16, torch.float32, 512, 132)
-    again = workspace.shape_of(2, 4, 2, 64, 16, torch.float32, 512, 132)
-    assert again is shape and again == Shape(2, 4, 2, 64, 16, torch.float32, 512, 132)
+def test_what_a_step_is_divided_by_is_found_out_once(monkeypatch):
+    launches = import_module("entmaxkv_kernels.triton.decode")
+    monkeypatch.setattr(launches, "shape_of", workspace.shape_of)
+    scene = make_scene([33, 5], dtype=torch.float32)
+    shape = Step(scene, Exact()).shape
+    assert Step(scene, Exact()).shape is shape and shape == replace(shape)
+    assert Step(make_scene([33], dtype=torch.float32), Exact()).shape != shape
+
+
+def test_the_parts_of_a_workspace_do_not_overlap():
+    shape = Shape(2, 4, 2, 64, 16, torch.float32, 512, 132)
     scratch = torch.zeros(shape.good_size, dtype=torch.uint8)
     parts = shape.divide(scratch, shape.capacity(len(scratch)))
     for value, part in enumerate(parts.values(), 1):

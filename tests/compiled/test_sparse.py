@@ -192,7 +192,7 @@ def test_many_equal_pages_go_to_the_earlier_ones():
     assert chosen[0, 0, :2060].all() and not chosen[0, 0, 2060:-1].any()
 
 
-@pytest.mark.parametrize("nearer", [True, False])
+@pytest.mark.parametrize("nearer", [True, False], ids=["others nearer", "others farther"])
 def test_a_sample_that_misleads_is_made_up_for(nearer, long_rows):
     """Of 2,100 pages every other one is sampled, and most of those between lie nearer, or farther:
     more than wanted lie before where the sample has the last one, or too few before its end."""
