@@ -13,10 +13,8 @@ from entmaxkv_kernels import Exact, PagedCache, append, decode, prefill, split_p
 from entmaxkv_kernels.pages import FP8
 from entmaxkv_vllm import cache, scratch, telemetry
 from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
-from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata
-
-_warmed: set[tuple[Any, ...]] = set()
-"""Kinds of layers whose kernels this process has compiled."""
+from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata, PrefillRows
+from entmaxkv_vllm.warm_up import compile_kernels
 
 
 class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
@@ -108,9 +106,6 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self._prepare(layer, query)
             return output.fill_(0)
         pages = self.pages(layer, kv_cache)
-        appends = self.kv_sharing_target_layer_name is None
-        if appends:
-            self._append(layer, key, value, pages, attn_metadata.slot_mapping)
         options: dict[str, Any] = {
             "scale": self.scale,
             "alpha": self.alpha,
@@ -120,22 +115,19 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             "implementation": self.kernels,
             **self._scales(layer),
         }
+        if self.kernels == "triton" and not self._warm:
+            self._warm = compile_kernels(self, layer, query, pages, attn_metadata, options)
+        appends = self.kv_sharing_target_layer_name is None
+        if appends:
+            self.append_tokens(layer, key, value, pages, attn_metadata.slot_mapping)
         if attn_metadata.decode is not None:
             alone = appends and attn_metadata.prefill is None
             self._decode(layer, query, pages, attn_metadata.decode, output, options, alone)
-        if (rows := attn_metadata.prefill) is not None:
-            prefill(
-                query[: rows.last_token],
-                pages,
-                rows.block_table,
-                rows.seq_lens,
-                rows.query_start_loc,
-                out=output[: rows.last_token],
-                **options,
-            )
+        if attn_metadata.prefill is not None:
+            self.prefill_rows(query, pages, attn_metadata.prefill, output, options)
         return output
 
-    def _append(
+    def append_tokens(
         self,
         layer: AttentionLayer,
         key: torch.Tensor,
@@ -165,12 +157,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         after_append: bool,
     ) -> None:
         index = self.index_of(layer)
-        if self.kernels == "triton" and not self._warm:
-            self._warm_up(layer, query, pages, rows, options)
-        self._decode_parts(index, query, pages, rows, output, options, after_append)
+        self.decode_rows(index, query, pages, rows, output, options, after_append)
         self.counters.publish(index)
 
-    def _decode_parts(
+    def decode_rows(
         self,
         index: int,
         query: torch.Tensor,
@@ -200,59 +190,23 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 **options,
             )
 
-    def _warm_up(
+    def prefill_rows(
         self,
-        layer: AttentionLayer,
         query: torch.Tensor,
         pages: PagedCache,
-        rows: DecodeRows,
+        rows: PrefillRows,
+        output: torch.Tensor,
         options: dict[str, Any],
     ) -> None:
-        """Compile what batches of any size launch, so that no request waits for it.
-
-        The chip is divided for powers of two of sequences; these have length 0. vLLM decodes first
-        outside any graph, to warm up itself.
-        """
-        if query.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        self._warm = True
-        device, index = query.device, self.index_of(layer)
-        heads, width = (self.num_heads, self.num_kv_heads), rows.block_table.shape[1]
-        kind = (*heads, query.dtype, pages.layout, self.selector, self.sliding_window, self.alpha)
-        if (*kind, width) in _warmed:
-            return
-        _warmed.add((*kind, width))
-        self._warm_up_append(layer, query, pages)
-        most = min(self.max_sequences, scratch.DECODE_ROWS)
-        flags = torch.zeros(most, dtype=torch.bool, device=device)
-        table = rows.block_table.new_zeros(most, rows.block_table.shape[1])
-        lengths = rows.seq_lens.new_zeros(most)
-        inputs = query.new_zeros(most, *query.shape[1:])
-        count = 1
-        while count <= most:
-            exact = None if rows.exact is None else flags[:count]
-            empty = DecodeRows(count, table[:count], lengths[:count], exact)
-            self._decode_parts(index, inputs, pages, empty, torch.empty_like(inputs), options)
-            count *= 2
-
-    def _warm_up_append(
-        self, layer: AttentionLayer, query: torch.Tensor, pages: PagedCache
-    ) -> None:
-        """Compile what long prompts append with, by tokens that have no slot."""
-        from entmaxkv_kernels.triton.append import LONG_PROMPT
-
-        if self.max_batched_tokens > LONG_PROMPT:
-            tokens = query.new_zeros(LONG_PROMPT + 1, self.num_kv_heads, self.head_size)
-            slots = torch.full((len(tokens),), -1, dtype=torch.int64, device=query.device)
-            append(
-                pages,
-                tokens,
-                tokens,
-                slots,
-                counters=self.counters.row(self.index_of(layer), query.device),
-                implementation=self.kernels,
-                **self._scales(layer),
-            )
+        prefill(
+            query[: rows.last_token],
+            pages,
+            rows.block_table,
+            rows.seq_lens,
+            rows.query_start_loc,
+            out=output[: rows.last_token],
+            **options,
+        )
 
     def _prepare(self, layer: AttentionLayer, query: torch.Tensor) -> None:
         """While vLLM profiles its memory: take what steps will take, and what graphs will read."""

@@ -19,6 +19,7 @@ from ..reference.append import (
     WIDENED,
 )
 from ..report import Counter
+from .launch import launch
 from .scores import allow_next, await_previous
 from .workspace import can_chain, power_of_two
 
@@ -255,7 +256,9 @@ def append(
     padded = power_of_two(head_size)
     chained = can_chain(key.device)
     kernel = append_kernel if cache.layout.statistics else copy_kernel
-    kernel[(triton.cdiv(tokens, block), kv_heads)](
+    launch(
+        kernel,
+        (triton.cdiv(tokens, block), kv_heads),
         key,
         value,
         slot_mapping,

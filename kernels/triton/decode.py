@@ -17,6 +17,7 @@ from .collect import collect_kernel, guess_kernel, sample_kernel
 from .fallback import fallback_kernel
 from .filter import filter_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
+from .launch import launch
 from .nearest import choose_kernel
 from .nearest_long import distance_kernel, list_nearest_kernel
 from .pages import list_kernel
@@ -401,7 +402,7 @@ def _warps(shape: Shape) -> int:
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
     """Launch a kernel with those of the arguments that it has."""
     own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    kernel[grid](**{**own, **options})
+    launch(kernel, grid, **{**own, **options})
 
 
 def _chain(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:

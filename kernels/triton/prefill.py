@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
+from .launch import launch
 from .prefill_softmax import prefill_softmax_kernel
 from .prefill_thresholds import prefill_thresholds_kernel
 from .prefill_tiles import UNIT
@@ -286,4 +287,4 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opt
     """Launch a kernel with those of the arguments that it has."""
     given = arguments | options
     names = [*kernel.arg_names, "num_warps", "maxnreg"]
-    kernel[grid](**{name: given[name] for name in names if name in given})
+    launch(kernel, grid, **{name: given[name] for name in names if name in given})

@@ -25,6 +25,7 @@ from entmaxkv_kernels import (
 )
 from entmaxkv_kernels.pages import FP8
 from entmaxkv_kernels.triton import append, decode, prefill
+from entmaxkv_kernels.triton.launch import compile_ahead
 
 launches = sys.modules["entmaxkv_kernels.triton.decode"]
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE, SCALE = 8, 2, 128, 16, 128**-0.5
@@ -46,13 +47,17 @@ class Hopper:
 
 def compile_launches() -> None:
     """Make launches compile only."""
-    run = JITFunction.run
+    run, compile_one = JITFunction.run, JITFunction._do_compile
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled.add(self.fn.__name__)
         return run(self, *args, grid=(1,), warmup=True, **options)
 
+    def compile_and_note(self: Any, *args: Any, **options: Any) -> Any:
+        compiled.add(self.fn.__name__)
+        return compile_one(self, *args, **options)
+
     JITFunction.run = warm_up
+    JITFunction._do_compile = compile_and_note
     triton.runtime.driver.set_active(Hopper())
     launches.can_chain = lambda device: True
 
@@ -107,6 +112,16 @@ def append_step(statistics: tuple[str, ...], dtype: torch.dtype) -> None:
 
 def main() -> None:
     compile_launches()
+    with compile_ahead():
+        take_steps()
+    print(*sorted(compiled), sep="\n")
+    compiled.clear()
+    take_steps()
+    if compiled:
+        sys.exit(f"not compiled ahead: {sorted(compiled)}")
+
+
+def take_steps() -> None:
     exact_rows = torch.zeros(1, dtype=torch.bool)
     mixed = torch.tensor([1.0, 1.5] * (QUERY_HEADS // 2), dtype=torch.float64)
     entmax = torch.tensor([1.25, 1.5] * (QUERY_HEADS // 2), dtype=torch.float64)
@@ -136,7 +151,6 @@ def main() -> None:
     append_step(Gaussian.statistics, torch.bfloat16)
     append_step(TopK.statistics, FP8)
     append_step((), torch.bfloat16)
-    print(*sorted(compiled), sep="\n")
 
 
 if __name__ == "__main__":
