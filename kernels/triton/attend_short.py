@@ -10,13 +10,15 @@ from .attend import load_near, solve_held, store_head, sum_values
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments
-from .filter import DONE, LEFT, PEAK_STEPS, pack_above
+from .filter import DONE, LEFT, pack_above
 from .pages import ranked_pages
 from .scores import allow_next, await_previous, page_source, prefetch
 
 # Scores that lie less below the largest one of a head are likely to have weight: with alpha 1.5 the
 # threshold of sixteen equal ones lies there.
 LIKELY = tl.constexpr(-0.25)
+# Newton steps over the largest scores of parts of the splits: a third one changes little.
+PEAK_STEPS = tl.constexpr(2)
 # Scores of which a program looks at all until the threshold is known. Of more it packs those above
 # a lower bound first, so many of which it solves.
 WHOLE = tl.constexpr(2048)
@@ -30,6 +32,21 @@ def entries_of(o_place, S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, 
     else:
         o_split, o_row = o_place // (TILES * BN), o_place % (TILES * BN)
         return (o_split + o_row // BN * S) * (BN // P) + o_row % BN // P
+
+
+@triton.jit
+def above(b_z, lower):
+    # Not "greater": a NaN is kept.
+    return ~(b_z <= lower)
+
+
+@triton.jit
+def place_above(b_z, lower, WIDTH: tl.constexpr):
+    m_near = tl.reshape(above(b_z, lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
+    b_thread = tl.sum(m_near, 0)  # [WIDTH]
+    b_before = tl.cumsum(b_thread, 0) - b_thread
+    b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
+    return tl.reshape(b_position, b_z.shape), tl.sum(b_thread, 0)
 
 
 @triton.jit
@@ -92,6 +109,10 @@ def attend_short_kernel(
             tl.store(p_state + i_head, DONE)
         return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    if R > WHOLE:
+        o_a = tl.arange(0, SP * CLASSES)
+        p_maximum += i_head * (S * CLASSES)
+        b_maximum = tl.load(p_maximum + o_a, mask=o_a < S * CLASSES, other=-float("inf"))
     p_pages, _, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
         list_stride, P, WINDOW, LISTED,
@@ -103,18 +124,14 @@ def attend_short_kernel(
             return
     o_r = tl.arange(0, R)
     o_entry = entries_of(o_r, S, TILES, BN, P)
-    m_entry = o_entry < entries
-    if TILES > 1:
-        m_entry &= o_r < S * TILES * BN
+    # Of one tile of each split the entries are in order.
+    m_entry = o_r < entries * P if TILES == 1 else o_entry < entries
+    m_entry &= o_r < S * TILES * BN
     # The lists have room for what is read at most, so one begins where the one before ends.
     p_score += (i_head * S).to(tl.int64) * capacity
     b_z = tl.load(p_score + o_r, mask=m_entry, other=-float("inf"))
     if R <= WHOLE:
         b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
-    else:
-        o_a = tl.arange(0, SP * CLASSES)
-        p_maximum += i_head * (S * CLASSES)
-        b_maximum = tl.load(p_maximum + o_a, mask=o_a < S * CLASSES, other=-float("inf"))
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound, b_unread = load_unread(
@@ -151,12 +168,12 @@ def attend_short_kernel(
         for _ in tl.static_range(PEAK_STEPS):
             mass, slope = sum_moments(b_maximum, lower, b, ORDER)
             lower += newton_step(mass, slope, 1.0, b, ORDER)
-        b_position, kept = pack_above(b_z, lower, 0, R, WIDTH)
+        b_position, kept = place_above(b_z, lower, WIDTH)
         many = kept > WHOLE
         if many:
             lower = solve_held(b_z, lower, b, ORDER)
-            b_position, kept = pack_above(b_z, lower, 0, R, WIDTH)
-        tl.store(p_near_place + b_position, o_r, mask=b_position < R)
+            b_position, kept = place_above(b_z, lower, WIDTH)
+        tl.store(p_near_place + b_position, o_r, mask=above(b_z, lower))
         # The program's other threads wrote some of what is read.
         tl.debug_barrier()
         o_near = tl.arange(0, WHOLE)
