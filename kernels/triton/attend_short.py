@@ -10,7 +10,7 @@ from .attend import load_near, solve_held, store_head, sum_values
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments
-from .filter import DONE, LEFT, pack_above
+from .filter import DONE, LEFT, above, place_above
 from .pages import ranked_pages
 from .scores import allow_next, await_previous, page_source, prefetch
 
@@ -35,40 +35,30 @@ def entries_of(o_place, S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, 
 
 
 @triton.jit
-def above(b_z, lower):
-    # Not "greater": a NaN is kept.
-    return ~(b_z <= lower)
-
-
-@triton.jit
-def place_above(b_z, lower, WIDTH: tl.constexpr):
-    m_near = tl.reshape(above(b_z, lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
-    b_thread = tl.sum(m_near, 0)  # [WIDTH]
-    b_before = tl.cumsum(b_thread, 0) - b_thread
-    b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
-    return tl.reshape(b_position, b_z.shape), tl.sum(b_thread, 0)
-
-
-@triton.jit
 def look_up(
-    p_score, p_pages, p_near_place, p_near_score, p_near_slot, o_near, kept, peak,
+    p_score, p_pages, p_near_place, o_near, kept, peak,
     S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Lists scores, less the peak, and slots of packed places of a head's scores; returns the
-    scores, and the pages and rows in them."""
+    """Scores, less the peak, of a head's packed places, and their pages and rows in them."""
     m_near = o_near < kept
     o_place = tl.load(p_near_place + o_near, mask=m_near, other=0)
     b_z = tl.load(p_score + o_place, mask=m_near, other=-float("inf")) - peak
     o_entry = entries_of(o_place, S, TILES, BN, P)
     b_page = tl.load(p_pages + o_entry, mask=m_near, other=0).to(tl.int32)
-    b_slot = b_page * P + o_place % P
-    tl.store(p_near_score + o_near, b_z, mask=m_near)
-    tl.store(p_near_slot + o_near, b_slot, mask=m_near)
     return b_z, b_page, o_place % P
 
 
+@triton.jit
+def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH: tl.constexpr):
+    """Lists the scores above tau and their slots; returns how many they are."""
+    b_position, kept = place_above(b_z, tau, 0, WIDTH)
+    tl.store(p_near_score + b_position, b_z, mask=above(b_z, tau))
+    tl.store(p_near_slot + b_position, b_slot, mask=above(b_z, tau))
+    return kept
+
+
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
-@triton.jit(do_not_specialize=["p_score", "capacity", "page_stride"])
+@triton.jit(do_not_specialize=["p_score", "p_near_place", "capacity", "page_stride"])
 def attend_short_kernel(
     p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_score,
     p_maximum, p_near_place, p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
@@ -157,41 +147,34 @@ def attend_short_kernel(
         tau = solve_held(b_z, -1.0, b, ORDER)
         # and all while slots are packed.
         prefetch(p_value + o_value, b_z > tau, CHAINED)
-        b_position, kept = pack_above(b_z, tau, 0, R, WIDTH)
-        tl.store(p_near_score + b_position, b_z, mask=b_position < R)
-        tl.store(p_near_slot + b_position, b_slot, mask=b_position < R)
+        kept = pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH)
     else:
         # The threshold of the largest scores of parts of the splits is a lower bound.
-        p_near_place += i_head * R
         lower = tl.full([], -1.0, tl.float32)
         b_maximum -= peak
         for _ in tl.static_range(PEAK_STEPS):
             mass, slope = sum_moments(b_maximum, lower, b, ORDER)
             lower += newton_step(mass, slope, 1.0, b, ORDER)
-        b_position, kept = place_above(b_z, lower, WIDTH)
-        many = kept > WHOLE
-        if many:
-            lower = solve_held(b_z, lower, b, ORDER)
-            b_position, kept = place_above(b_z, lower, WIDTH)
-        tl.store(p_near_place + b_position, o_r, mask=above(b_z, lower))
-        # The program's other threads wrote some of what is read.
-        tl.debug_barrier()
-        o_near = tl.arange(0, WHOLE)
-        b_near, b_page, o_token = look_up(
-            p_score, p_pages, p_near_place, p_near_score, p_near_slot, o_near, kept, peak, S, TILES,
-            BN, P,
-        )  # fmt: skip
-        o_value = b_page.to(tl.int64) * s_page + (o_token * D + i_d * (DP // DS))
-        # Values come while the threshold is solved.
-        prefetch(p_value + o_value, o_near < kept, CHAINED)
-        for i_n in tl.range(WHOLE, kept, WHOLE, num_stages=1):
-            look_up(
-                p_score, p_pages, p_near_place, p_near_score, p_near_slot, i_n + o_near, kept, peak,
-                S, TILES, BN, P,
-            )  # fmt: skip
-        tau = lower
-        if not many:
+        b_position, near = place_above(b_z, lower, 0, WIDTH)
+        if near <= WHOLE:
+            p_near_place += i_head * R
+            tl.store(p_near_place + b_position, o_r, mask=above(b_z, lower))
+            # The program's other threads wrote some of what is read.
+            tl.debug_barrier()
+            o_near = tl.arange(0, WHOLE)
+            b_near, b_page, o_token = look_up(
+                p_score, p_pages, p_near_place, o_near, near, peak, S, TILES, BN, P
+            )
+            # Values come while the threshold is solved.
+            o_value = b_page.to(tl.int64) * s_page + (o_token * D + i_d * (DP // DS))
+            prefetch(p_value + o_value, o_near < near, CHAINED)
             tau = solve_held(b_near, lower, b, ORDER)
+            b_slot = b_page * P + o_token
+            kept = pack_support(b_near, b_slot, tau, p_near_score, p_near_slot, WIDTH)
+        else:
+            b_all = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32) * P + o_r % P
+            tau = solve_held(b_z, lower, b, ORDER)
+            kept = pack_support(b_z, b_all, tau, p_near_score, p_near_slot, WIDTH)
     if CERTIFY > 0:
         # What this asks of others comes meanwhile, too.
         bound, complete = sum_unread(
