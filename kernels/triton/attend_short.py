@@ -69,10 +69,10 @@ def attend_short_kernel(
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     TILES: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr, LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
-    FOLLOWED: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, OVERFULL: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.

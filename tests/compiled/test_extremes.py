@@ -91,9 +91,12 @@ def test_equal_scores_far_from_zero_have_equal_weight(size, alpha, monkeypatch):
     assert (chunks[0][-1].double() - means[0]).abs().max() <= 2e-6
 
 
-def test_an_infinite_score_shows_in_its_own_output_alone():
-    scene = make_scene([300, 90], group=1, dtype=torch.float32)
-    scene.cache.key[scene.block_table[0, 3], 1, 5] = torch.inf
+@pytest.mark.parametrize("score", [torch.inf, torch.nan])
+@pytest.mark.parametrize("tokens", [300, 2100])
+def test_a_score_that_is_not_finite_shows_in_its_own_output_alone(tokens, score, monkeypatch):
+    monkeypatch.setattr(workspace, "HELD", 8192)
+    scene = make_scene([tokens, 90], group=1, dtype=torch.float32)
+    scene.cache.key[scene.block_table[0, 3], 1, 5] = score
     out = decode_step(scene).run()
     assert out[0, 1].isnan().all()
     assert not out[0, 0].isnan().any()
