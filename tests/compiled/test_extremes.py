@@ -102,12 +102,12 @@ def test_equal_scores_far_from_zero_have_equal_weight(size, alpha, monkeypatch):
     assert (chunks[0][-1].double() - means[0]).abs().max() <= 2e-6
 
 
-def test_a_few_of_many_scores_far_from_zero_have_equal_weight(monkeypatch):
+def test_most_of_many_scores_far_from_zero_have_equal_weight(monkeypatch):
     monkeypatch.setattr(workspace, "HELD", 8192)
-    scene = all_scores(2.0**20, [2200], zeros=2100)
+    scene = all_scores(2.0**20, [2200], zeros=600)
     step = decode_step(scene)
     assert step.shape.held > 2048
-    mean = scene.value[0][2100:].double().mean(0)
+    mean = scene.value[0][600:].double().mean(0)
     assert (step.run()[0].double() - mean.repeat_interleave(2, 0)).abs().max() <= 2e-6
 
 
