@@ -19,8 +19,7 @@ from .scores import allow_next, await_previous, page_source, prefetch
 LIKELY = tl.constexpr(-0.25)
 # Newton steps over the largest scores of parts of the splits: a third one changes little.
 PEAK_STEPS = tl.constexpr(2)
-# Scores of which a program looks at all until the threshold is known. Of more it packs those above
-# a lower bound first, so many of which it solves.
+# Scores that are all solved and looked up; of more, as many of those above a lower bound.
 WHOLE = tl.constexpr(2048)
 
 
@@ -81,6 +80,8 @@ def attend_short_kernel(
     their lists, and at most R in all.
     The parts repeat the solution and pack the same into the same place. Rows with more scores,
     where OVERFULL, are left to `fallback_kernel`.
+    Of more than WHOLE scores those above a lower bound are packed first, as places among them, and
+    solved alone, unless they are too many; pages are looked up, and values asked for, of these.
 
     CERTIFY: the parts share the bounds of unread pages, which are loaded with the scores.
     """
