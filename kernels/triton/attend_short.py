@@ -9,32 +9,69 @@ import triton.language as tl
 from .attend import load_near, solve_held, store_head, sum_values
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
-from .entmax import head_parameters
-from .filter import DONE, LEFT, pack_above
+from .entmax import head_parameters, newton_step, sum_moments
+from .filter import DONE, LEFT, above, place_above
 from .pages import ranked_pages
 from .scores import allow_next, await_previous, page_source, prefetch
 
 # Scores that lie less below the largest one of a head are likely to have weight: with alpha 1.5 the
 # threshold of sixteen equal ones lies there.
 LIKELY = tl.constexpr(-0.25)
+# Newton steps over the largest scores of parts of the splits: a third one changes little.
+PEAK_STEPS = tl.constexpr(2)
+# Scores that are all solved and looked up; of more, as many of those above a lower bound.
+WHOLE = tl.constexpr(2048)
+
+
+@triton.jit
+def entries_of(o_place, S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, P: tl.constexpr):
+    """Entries in the list of a row's pages of the tokens at places of a head's scores."""
+    if TILES == 1:
+        return o_place // P
+    else:
+        o_split, o_row = o_place // (TILES * BN), o_place % (TILES * BN)
+        return (o_split + o_row // BN * S) * (BN // P) + o_row % BN // P
+
+
+@triton.jit
+def look_up(
+    p_score, p_pages, p_near_place, o_near, kept, peak,
+    S: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Scores, less the peak, of a head's packed places, and their pages and rows in them."""
+    m_near = o_near < kept
+    o_place = tl.load(p_near_place + o_near, mask=m_near, other=0)
+    b_z = tl.load(p_score + o_place, mask=m_near, other=-float("inf")) - peak
+    o_entry = entries_of(o_place, S, TILES, BN, P)
+    b_page = tl.load(p_pages + o_entry, mask=m_near, other=0).to(tl.int32)
+    return b_z, b_page, o_place % P
+
+
+@triton.jit
+def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH: tl.constexpr):
+    """Lists the scores above tau and their slots; returns how many they are."""
+    b_position, kept = place_above(b_z, tau, 0, WIDTH)
+    tl.store(p_near_score + b_position, b_z, mask=above(b_z, tau))
+    tl.store(p_near_slot + b_position, b_slot, mask=above(b_z, tau))
+    return kept
 
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
-@triton.jit(do_not_specialize=["capacity", "page_stride"])
+@triton.jit(do_not_specialize=["p_score", "p_near_place", "capacity", "page_stride"])
 def attend_short_kernel(
     p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_score,
-    p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
+    p_maximum, p_near_place, p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
     p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
     s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
     exact_below, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
     s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
-    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
-    R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-    LISTED: tl.constexpr, OVERFULL: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
-    FOLLOWED: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
+    TILES: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, OVERFULL: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
@@ -43,6 +80,8 @@ def attend_short_kernel(
     their lists, and at most R in all.
     The parts repeat the solution and pack the same into the same place. Rows with more scores,
     where OVERFULL, are left to `fallback_kernel`.
+    Of more than WHOLE scores those above a lower bound are packed first, as places among them, and
+    solved alone, unless they are too many; pages are looked up, and values asked for, of these.
 
     CERTIFY: the parts share the bounds of unread pages, which are loaded with the scores.
     """
@@ -61,6 +100,10 @@ def attend_short_kernel(
             tl.store(p_state + i_head, DONE)
         return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    if R > WHOLE:
+        o_a = tl.arange(0, SP * CLASSES)
+        p_maximum += i_head * (S * CLASSES)
+        b_maximum = tl.load(p_maximum + o_a, mask=o_a < S * CLASSES, other=-float("inf"))
     p_pages, _, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
         list_stride, P, WINDOW, LISTED,
@@ -71,13 +114,15 @@ def attend_short_kernel(
         if left:
             return
     o_r = tl.arange(0, R)
-    o_split, o_place = o_r // (TILES * BN), o_r % (TILES * BN)
-    o_entry = (o_split + o_place // BN * S) * (BN // P) + o_place % BN // P
-    m_entry = (o_split < S) & (o_entry < entries)
+    o_entry = entries_of(o_r, S, TILES, BN, P)
+    # Of one tile of each split the entries are in order.
+    m_entry = o_r < entries * P if TILES == 1 else o_entry < entries
+    m_entry &= o_r < S * TILES * BN
+    # The lists have room for what is read at most, so one begins where the one before ends.
     p_score += (i_head * S).to(tl.int64) * capacity
-    b_z = tl.load(p_score + o_split * capacity + o_place, mask=m_entry, other=-float("inf"))
-    b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
-    b_slot = b_page * P + o_place % P
+    b_z = tl.load(p_score + o_r, mask=m_entry, other=-float("inf"))
+    if R <= WHOLE:
+        b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound, b_unread = load_unread(
@@ -87,18 +132,50 @@ def attend_short_kernel(
         )  # fmt: skip
         # Loads are moved to where they are needed, but not past this: they go out together.
         tl.debug_barrier()
-    peak = tl.max(b_z, 0)
+    peak = tl.max(b_z if R <= WHOLE else b_maximum, 0)
     # Of an empty row, or one of scores that are no numbers. Differences from the largest score are
     # exact near it, where the threshold may lie closer than the scores' own precision.
     peak = tl.where(peak > -float("inf"), peak, 0.0)
     b_z -= peak
     p_value += i_h.to(tl.int64) * s_head
-    o_value = b_page.to(tl.int64) * s_page + (o_place % P * D + i_d * (DP // DS))
-    # Likely ones come while the threshold is solved,
-    prefetch(p_value + o_value, b_z > LIKELY, CHAINED)
-    tau = solve_held(b_z, -1.0, b, ORDER)
-    # and all while slots are packed.
-    prefetch(p_value + o_value, b_z > tau, CHAINED)
+    p_near_score += (i_head * FP).to(tl.int64) * limit
+    p_near_slot += (i_head * FP).to(tl.int64) * limit
+    if R <= WHOLE:
+        b_slot = b_page * P + o_r % P
+        o_value = b_page.to(tl.int64) * s_page + (o_r % P * D + i_d * (DP // DS))
+        # Likely ones come while the threshold is solved,
+        prefetch(p_value + o_value, b_z > LIKELY, CHAINED)
+        tau = solve_held(b_z, -1.0, b, ORDER)
+        # and all while slots are packed.
+        prefetch(p_value + o_value, b_z > tau, CHAINED)
+        kept = pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH)
+    else:
+        # The threshold of the largest scores of parts of the splits is a lower bound.
+        lower = tl.full([], -1.0, tl.float32)
+        b_maximum -= peak
+        for _ in tl.static_range(PEAK_STEPS):
+            mass, slope = sum_moments(b_maximum, lower, b, ORDER)
+            lower += newton_step(mass, slope, 1.0, b, ORDER)
+        b_position, near = place_above(b_z, lower, 0, WIDTH)
+        if near <= WHOLE:
+            p_near_place += i_head * R
+            tl.store(p_near_place + b_position, o_r, mask=above(b_z, lower))
+            # The program's other threads wrote some of what is read.
+            tl.debug_barrier()
+            o_near = tl.arange(0, WHOLE)
+            b_near, b_page, o_token = look_up(
+                p_score, p_pages, p_near_place, o_near, near, peak, S, TILES, BN, P
+            )
+            # Values come while the threshold is solved.
+            o_value = b_page.to(tl.int64) * s_page + (o_token * D + i_d * (DP // DS))
+            prefetch(p_value + o_value, o_near < near, CHAINED)
+            tau = solve_held(b_near, lower, b, ORDER)
+            b_slot = b_page * P + o_token
+            kept = pack_support(b_near, b_slot, tau, p_near_score, p_near_slot, WIDTH)
+        else:
+            b_all = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32) * P + o_r % P
+            tau = solve_held(b_z, lower, b, ORDER)
+            kept = pack_support(b_z, b_all, tau, p_near_score, p_near_slot, WIDTH)
     if CERTIFY > 0:
         # What this asks of others comes meanwhile, too.
         bound, complete = sum_unread(
@@ -107,11 +184,6 @@ def attend_short_kernel(
             ORDER, False,
         )  # fmt: skip
 
-    p_near_score += (i_head * FP).to(tl.int64) * limit
-    p_near_slot += (i_head * FP).to(tl.int64) * limit
-    b_position, kept = pack_above(b_z, tau, 0, R, WIDTH)
-    tl.store(p_near_score + b_position, b_z, mask=b_position < R)
-    tl.store(p_near_slot + b_position, b_slot, mask=b_position < R)
     # The program's other threads wrote some of what is read.
     tl.debug_barrier()
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)

@@ -48,18 +48,23 @@ def lower_bound(
 
 
 @triton.jit
-def pack_above(b_z, lower, kept, limit, WIDTH: tl.constexpr):
-    """Positions after `kept` of those of b_z [N] that are not at most `lower`, `limit` of the
-    others; and how many they are.
+def above(b_z, lower):
+    """Which of b_z are not at most `lower`."""
+    # Not "greater": a NaN is kept.
+    return ~(b_z <= lower)
+
+
+@triton.jit
+def place_above(b_z, lower, kept, WIDTH: tl.constexpr):
+    """Positions after `kept` of those of b_z [N] that are not at most `lower`, and how many they
+    are; the others have any position.
 
     WIDTH: threads of the program; the positions of what a thread holds are a sum within it.
     """
-    # Not "greater": a NaN is kept.
-    m_near = tl.reshape(1 - (b_z <= lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
+    m_near = tl.reshape(above(b_z, lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
     b_thread = tl.sum(m_near, 0)  # [WIDTH]
     b_before = kept + tl.cumsum(b_thread, 0) - b_thread
     b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
-    b_position = tl.where(m_near > 0, b_position, limit)
     return tl.reshape(b_position, b_z.shape), tl.sum(b_thread, 0)
 
 
@@ -162,8 +167,8 @@ def filter_kernel(
                 p_pages, p_slot, o_s, i_j + o_j, b_slot, i_j + o_j < b_count, entries, filtered, S,
                 BN, P, GUESSED,
             )  # fmt: skip
-        b_position, near = pack_above(b_z, lower, kept, limit, WIDTH)
-        m_stored = b_position < limit
+        b_position, near = place_above(b_z, lower, kept, WIDTH)
+        m_stored = above(b_z, lower) & (b_position < limit)
         tl.store(p_near_score + b_position, b_z, mask=m_stored)
         tl.store(p_near_slot + b_position, b_slot, mask=m_stored)
         kept += near

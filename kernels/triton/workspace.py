@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.adaptive import FIRST_SHARE, most_first
 from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
+from .attend_short import WHOLE
 from .fallback import TRIALS
 from .nearest_long import DEVIATIONS, SAMPLED
 
@@ -365,6 +366,8 @@ class Shape:
                 2 * self.processors * self.padded_group * TRIALS.value,
             ),
         }
+        if self.held > WHOLE.value:
+            fields["near_place"] = torch.int32, heads * self.held
         if self.listed:
             fields |= {
                 "listed": (torch.int32, rows * 2 * self.page_stride),

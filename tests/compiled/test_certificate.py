@@ -89,6 +89,13 @@ def test_whoever_lists_and_reads_the_pages(path):
     assert ((found[2:] > 0) & (found[2:] < 1)).any() and (found[2:] == 0).any()
 
 
+def test_budgets_of_some_thousand_tokens_are_certified():
+    selector = TopK(2200)
+    scene = tight_scene([3000, 700], kv_heads=1)
+    assert Step(scene, selector, certify=True).shape.held > 2048
+    check(scene, selector)
+
+
 @pytest.mark.parametrize("held", [HELD, 0], ids=["scores in registers", "scores in lists"])
 def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, monkeypatch):
     monkeypatch.setattr(workspace, "HELD_LISTED", held)

@@ -191,12 +191,14 @@ def test_many_equal_scores_beside_the_threshold_are_told_apart(few_splits, gap, 
     assert_accurate(step, out)
 
 
+@pytest.mark.parametrize("spread, alpha", [(0.0, 1.5), (0.3, 1.7), (4.0, 1.5), (40.0, 2.0)])
 @pytest.mark.parametrize("held", [8192, 0], ids=["in registers", "in lists"])
-def test_some_thousand_scores_are_exact_wherever_they_are_held(held, monkeypatch):
+def test_some_thousand_scores_are_exact_wherever_they_are_held(held, spread, alpha, monkeypatch):
+    """From equal ones, of which more have weight than are solved apart, to a few that have any."""
     monkeypatch.setattr(workspace, "HELD", held)
-    scene = make_scene([4100, 0, 17], kv_heads=1, dtype=torch.float32, spread=4.0)
+    scene = make_scene([4100, 0, 17], kv_heads=1, dtype=torch.float32, spread=spread)
     assert (Step(scene, Exact()).shape.held > 4096) == (held > 0)
-    check(scene)
+    check(scene, alpha=alpha)
 
 
 def test_two_runs_give_the_same_bits():

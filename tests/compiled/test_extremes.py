@@ -30,14 +30,14 @@ def decode_step(scene, **options):
     return Step(scene, Exact(), **options)
 
 
-def all_scores(value, lengths, *, alpha=1.5, dtype=torch.float32, **options):
-    """A scene in which every score z is `value`, exactly if that is a power of two: queries and
-    keys have but one channel."""
+def all_scores(value, lengths, *, zeros=0, alpha=1.5, dtype=torch.float32, **options):
+    """A scene in which every score z is `value`, exactly if that is a power of two, but for the
+    first ones, which are zeros: queries and keys have but one channel."""
     options = {"kv_heads": 1, "group": 2} | options
     scene = make_scene(lengths, dtype=dtype, filled=False, **options)
     for query, key in zip(scene.query, scene.key, strict=True):
         query[:], key[:] = 0, 0
-        query[..., 0], key[..., 0] = 1, value / (alpha - 1) / scene.scale
+        query[..., 0], key[zeros:, ..., 0] = 1, value / (alpha - 1) / scene.scale
     scene.append_all()
     return scene
 
@@ -50,6 +50,17 @@ def test_every_row_is_written_where_tiles_and_splits_divide_unevenly(monkeypatch
     step = decode_step(scene)
     assert_accurate(step, step.run())
     assert step.scratch("near_count").max() > 128
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0])
+def test_a_program_holds_the_scores_of_splits_of_several_tiles(spread, monkeypatch):
+    """12 splits of 3 tiles, of which the last ones have one less."""
+    chip_of(3, monkeypatch)
+    monkeypatch.setattr(workspace, "HELD", 8192)
+    scene = make_scene([4100], kv_heads=1, dtype=torch.float32, spread=spread)
+    step = decode_step(scene)
+    assert step.shape.splits == 12 and step.shape.held > 4096
+    assert_accurate(step, step.run())
 
 
 def test_no_program_meets_more_candidates_than_are_reckoned_with():
@@ -91,9 +102,21 @@ def test_equal_scores_far_from_zero_have_equal_weight(size, alpha, monkeypatch):
     assert (chunks[0][-1].double() - means[0]).abs().max() <= 2e-6
 
 
-def test_an_infinite_score_shows_in_its_own_output_alone():
-    scene = make_scene([300, 90], group=1, dtype=torch.float32)
-    scene.cache.key[scene.block_table[0, 3], 1, 5] = torch.inf
+def test_most_of_many_scores_far_from_zero_have_equal_weight(monkeypatch):
+    monkeypatch.setattr(workspace, "HELD", 8192)
+    scene = all_scores(2.0**20, [2200], zeros=600)
+    step = decode_step(scene)
+    assert step.shape.held > 2048
+    mean = scene.value[0][600:].double().mean(0)
+    assert (step.run()[0].double() - mean.repeat_interleave(2, 0)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("score", [torch.inf, torch.nan])
+@pytest.mark.parametrize("tokens", [300, 2100])
+def test_a_score_that_is_not_finite_shows_in_its_own_output_alone(tokens, score, monkeypatch):
+    monkeypatch.setattr(workspace, "HELD", 8192)
+    scene = make_scene([tokens, 90], group=1, dtype=torch.float32)
+    scene.cache.key[scene.block_table[0, 3], 1, 5] = score
     out = decode_step(scene).run()
     assert out[0, 1].isnan().all()
     assert not out[0, 0].isnan().any()

@@ -101,6 +101,13 @@ def test_heads_have_their_own_alpha_and_slope(selector):
     check(selector, sparse_scene(selector), alpha=alpha, alibi_slopes=slopes)
 
 
+def test_budgets_of_some_thousand_tokens_are_read_by_heads_of_their_own_alpha():
+    selector = TopK(2200)
+    scene = sparse_scene(selector, [3000, 2100, 0, 33], kv_heads=1)
+    assert Step(scene, selector).shape.held > 2048
+    check(selector, scene, alpha=torch.tensor([1.25, 2.0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("held", [2048, 0], ids=["scores in registers", "scores in lists"])
 @selectors
 def test_some_sequences_are_decoded_exactly(selector, held, monkeypatch):
