@@ -1,10 +1,12 @@
 """Launches of kernels, which can be compiled ahead, several at a time."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from triton.runtime._async_compile import AsyncCompileMode
@@ -19,8 +21,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
     """Launch a kernel or, within `compile_ahead`, see that it will be compiled."""
     if _ahead.get():
         kernel.warmup(*arguments, grid=grid, **named)
-    else:
-        kernel[grid](*arguments, **named)
+        return
+    compiled = kernel[grid](*arguments, **named)
+    # Triton's interpreter compiles nothing.
+    if compiled is not None and compiled.function is not None:
+        prefer_shared_memory(compiled.function)
+
+
+@cache
+def prefer_shared_memory(function: int) -> None:
+    """Have a loaded kernel run where all of a multiprocessor's memory that can be is shared memory.
+
+    That is how an engine's matrix products, before and after, leave multiprocessors. One changes
+    only once it is idle, so that kernels which want it otherwise could not start early.
+
+    Raises:
+        RuntimeError: if the driver does not know the function.
+    """
+    attribute, percent = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
+        ctypes.c_void_p(function), attribute, percent
+    )
+    if error:
+        raise RuntimeError(f"cuFuncSetAttribute of a Triton kernel: CUDA error {error}")
 
 
 @contextmanager
