@@ -273,6 +273,7 @@ SECTIONS = (
     ("serving-h200-stored.json", "The same, `exact` storing all scores", serving_table),
     ("serving-h200-launches.json", "The same, launches that start early", serving_table),
     ("serving-h200-short-append.json", "The same, append by fewer instructions", serving_table),
+    ("serving-h200-compiled.json", "The same, the rest compiled by vLLM", serving_table),
     ("layers-h200.json", "A step between the matrix products of its layer", layers_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),

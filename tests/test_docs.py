@@ -84,6 +84,7 @@ def test_measured_steps_read_what_they_say():
     [
         ("serving-h200", {"exact", "topk"}),
         ("serving-h200-overlapped", {"exact", "topk"}),
+        ("serving-h200-compiled", {"exact", "topk"}),
         ("serving-h200-gaussian", {"gaussian"}),
     ],
 )
