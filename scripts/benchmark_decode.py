@@ -4,12 +4,18 @@ All arms read the same keys and values through shuffled block tables, as CUDA gr
 sets of pages that exceed the L2 cache; replays of the arms take turns. FlashAttention-3 is vLLM's,
 on a cache in its own order (tokens outside heads), which it reads fastest, called plainly and with
 its schedule made beforehand, as vLLM does for all layers at once; the faster of the two counts.
+
+Where memory lies makes the same kernels faster in one process than in the next. With --processes
+each row has the medians of several, which all read the same bytes, and their own times in `runs`.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -94,6 +100,44 @@ def measure(
         yield row
 
 
+def merge(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several processes as one each: medians of what was timed, and the widest spread.
+
+    Raises:
+        ValueError: if the processes measured different cases.
+    """
+    merged = []
+    for rows in zip(*runs, strict=True):
+        if len({(row["kernel"], row["batch"], row["context"], row["bytes"]) for row in rows}) > 1:
+            raise ValueError(f"processes measured different cases: {rows}")
+        timed = [name for name in rows[0] if name.removesuffix("_spread").endswith("us")]
+        row = rows[0] | {"runs": [{name: each[name] for name in timed} for each in rows]}
+        for name in timed:
+            if name.endswith("us") and isinstance(row[name], float):
+                times = [each[name] for each in rows]
+                row[name] = statistics.median(times)
+                if (spread := f"{name}_spread") in row:
+                    row[spread] = max(max(times) - min(times), *(each[spread] for each in rows))
+        row["ratio_fa3"] = row["fa3_us"] / row["us"]
+        if "certified_us" in row:
+            row["certificate_cost"] = row["certified_us"] / row["us"] - 1
+        merged.append(row)
+    return merged
+
+
+def measure_in_processes(count: int, out: Path) -> None:
+    """Run this command several times, one after the other, and write what they have in common."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.json"
+        for _ in range(count):
+            command = [sys.executable, *sys.argv, "--processes", "1", "--out", str(part)]
+            subprocess.run(command, check=True)
+            results.append(json.loads(part.read_text()))
+    rows = merge([result["rows"] for result in results])
+    out.write_text(json.dumps(results[0] | {"rows": rows}, indent=1) + "\n")
+
+
 def selectors_for(name: str, context: int, share: float) -> dict[str, Selector]:
     """The selectors that are timed on the same pages, by kernel."""
     if name != "topk":
@@ -121,7 +165,11 @@ def main() -> None:
         "--table-tokens", type=int, default=0, help="room of the block table; at least the context"
     )
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
+    parser.add_argument("--processes", type=int, default=1, help="each measures everything")
     arguments = parser.parse_args()
+    if arguments.processes > 1:
+        measure_in_processes(arguments.processes, arguments.out)
+        return
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     # Written after each case: a run that is cut short keeps what it has.

@@ -64,6 +64,26 @@ def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch
         )
 
 
+def test_a_row_of_several_processes_has_their_medians_and_widest_spread():
+    times = [(37.0, 0.5, 136.0), (35.0, 1.0, 140.0), (36.0, 3.0, 138.0)]
+    row = {"kernel": "sparse", "batch": 1, "context": 131072, "bytes": 7, "certified_us": 40.5}
+    runs = [
+        [row | {"us": us, "us_spread": spread, "fa3_us": fa3, "kernels_us": {"box_kernel": 9.0}}]
+        for us, spread, fa3 in times
+    ]
+    (merged,) = benchmark_decode.merge(runs)
+    assert (merged["us"], merged["us_spread"], merged["fa3_us"]) == (36.0, 3.0, 138.0)
+    assert merged["ratio_fa3"] == pytest.approx(138 / 36)
+    assert merged["certificate_cost"] == pytest.approx(40.5 / 36 - 1)
+    assert [run["us"] for run in merged["runs"]] == [37.0, 35.0, 36.0]
+
+
+def test_processes_that_read_other_bytes_are_not_merged():
+    row = {"kernel": "exact", "batch": 1, "context": 8192, "us": 1.0, "fa3_us": 1.0}
+    with pytest.raises(ValueError, match="different cases"):
+        benchmark_decode.merge([[row | {"bytes": 7}], [row | {"bytes": 8}]])
+
+
 def test_rows_of_the_reference_system_are_those_of_the_committed_table(monkeypatch):
     monkeypatch.setattr(benchmark_reference_system, "POOL_TOKENS", 1024)
 
