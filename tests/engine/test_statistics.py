@@ -64,7 +64,7 @@ def used(llm, tokenizer):
         run = partial(decode, self, layer, query, pages, rows, *rest)
         recount.watch(self, layer, query, rows, run)
 
-    append = EntmaxKVImpl._append
+    append = EntmaxKVImpl.append_tokens
 
     def note_and_append(self, layer, key, value, pages, slots):
         recount.note_appended(self, slots)
@@ -72,7 +72,7 @@ def used(llm, tokenizer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EntmaxKVImpl, "_decode", compare_and_decode)
-        patch.setattr(EntmaxKVImpl, "_append", note_and_append)
+        patch.setattr(EntmaxKVImpl, "append_tokens", note_and_append)
         for _ in range(2):
             llm.generate(requests, sampling, use_tqdm=False)
             rng.shuffle(requests)
