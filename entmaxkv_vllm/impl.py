@@ -76,6 +76,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         self.max_tokens = _whole_pages(
             vllm_config.model_config.max_model_len, self.config.page_size
         )
+        self.local_workers = vllm_config.parallel_config.local_world_size
         self.counters = telemetry.worker_counters(vllm_config)
         self._warm = False
         self._layer_index: int | None = None

@@ -1,4 +1,8 @@
-"""Compile the kernels before the first request, so that none waits for them."""
+"""Compile the kernels in vLLM's own first step, so that no request waits for them.
+
+Where vLLM takes none with attention before it serves (`enforce_eager`, or graphs of pieces of the
+model alone), the first request is that step.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +38,26 @@ def compile_kernels(
     rows = metadata.decode or metadata.prefill
     if rows is None or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    heads, width = (impl.num_heads, impl.num_kv_heads), rows.block_table.shape[1]
+    heads = (impl.num_heads, impl.num_kv_heads)
+    table = (rows.block_table.shape[1], rows.block_table.stride(0))
     model = (impl.selector, impl.sliding_window, impl.alpha)
-    kind = (*heads, query.dtype, pages.layout, *model, width)
+    kind = (*heads, query.dtype, pages.layout, *model, *table)
     if kind not in _compiled:
-        _compiled.add(kind)
-        with compile_ahead():
+        with compile_ahead(impl.local_workers):
             _append_and_decode(impl, layer, query, pages, rows, options)
             _prefill(impl, query, pages, rows, options)
-        # Triton loads a kernel where it is first launched.
+        # Triton loads a kernel where it is first launched, which must not be in a graph. Prefill
+        # is in none.
         _append_and_decode(impl, layer, query, pages, rows, options)
+        _compiled.add(kind)
     return True
+
+
+def _empty_tables(rows: DecodeRows | PrefillRows, count: int) -> torch.Tensor:
+    """Block tables [count, max_pages] of no pages, as far apart as those that are served: kernels
+    are compiled for what divides the distance."""
+    table = rows.block_table
+    return table.new_zeros(count, table.stride(0))[:, : table.shape[1]]
 
 
 def _append_and_decode(
@@ -57,7 +70,7 @@ def _append_and_decode(
 ) -> None:
     """Tokens that have no slot, and sequences of length 0.
 
-    The chip is divided for powers of two of sequences.
+    The chip is divided for the next power of two of the sequences, which `most` need not be.
     """
     from entmaxkv_kernels.triton.append import LONG_PROMPT
 
@@ -69,16 +82,15 @@ def _append_and_decode(
     most = min(impl.max_sequences, scratch.DECODE_ROWS)
     # The metadata of every selector but `exact` have flags.
     flags = None if impl.config.selector == "exact" else rows.seq_lens.new_zeros(most).bool()
-    table = rows.block_table.new_zeros(most, rows.block_table.shape[1])
+    table = _empty_tables(rows, most)
     lengths = rows.seq_lens.new_zeros(most)
     inputs = query.new_zeros(most, *query.shape[1:])
     outputs = torch.empty_like(inputs)
-    count = 1
-    while count <= most:
+    for exponent in range((most - 1).bit_length() + 1):
+        count = min(1 << exponent, most)
         exact = None if flags is None else flags[:count]
         empty = DecodeRows(count, table[:count], lengths[:count], exact)
         impl.decode_rows(impl.index_of(layer), inputs, pages, empty, outputs, options)
-        count *= 2
 
 
 def _prefill(
@@ -90,7 +102,7 @@ def _prefill(
 ) -> None:
     """A prompt of two tokens."""
     inputs = query.new_zeros(2, *query.shape[1:])
-    table = rows.block_table.new_zeros(1, rows.block_table.shape[1])
+    table = _empty_tables(rows, 1)
     ends = torch.tensor([0, 2], dtype=torch.int32, device=query.device)
     prompt = PrefillRows(2, table, rows.seq_lens.new_full((1,), 2), ends)
     impl.prefill_rows(inputs, pages, prompt, torch.empty_like(inputs), options)

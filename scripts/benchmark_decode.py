@@ -113,8 +113,10 @@ def merge(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         timed = [name for name in rows[0] if name.removesuffix("_spread").endswith("us")]
         row = rows[0] | {"runs": [{name: each[name] for name in timed} for each in rows]}
         for name in timed:
-            if name.endswith("us") and isinstance(row[name], float):
-                times = [each[name] for each in rows]
+            times = [each[name] for each in rows]
+            if isinstance(row[name], dict):
+                row[name] = {k: statistics.median(each[k] for each in times) for k in row[name]}
+            elif name.endswith("us"):
                 row[name] = statistics.median(times)
                 if (spread := f"{name}_spread") in row:
                     row[spread] = max(max(times) - min(times), *(each[spread] for each in rows))
@@ -134,8 +136,9 @@ def measure_in_processes(count: int, out: Path) -> None:
             command = [sys.executable, *sys.argv, "--processes", "1", "--out", str(part)]
             subprocess.run(command, check=True)
             results.append(json.loads(part.read_text()))
-    rows = merge([result["rows"] for result in results])
-    out.write_text(json.dumps(results[0] | {"rows": rows}, indent=1) + "\n")
+            # Written after each: a run that is cut short keeps what it has.
+            rows = merge([result["rows"] for result in results])
+            out.write_text(json.dumps(results[0] | {"rows": rows}, indent=1) + "\n")
 
 
 def selectors_for(name: str, context: int, share: float) -> dict[str, Selector]:

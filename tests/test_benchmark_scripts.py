@@ -68,13 +68,14 @@ def test_a_row_of_several_processes_has_their_medians_and_widest_spread():
     times = [(37.0, 0.5, 136.0), (35.0, 1.0, 140.0), (36.0, 3.0, 138.0)]
     row = {"kernel": "sparse", "batch": 1, "context": 131072, "bytes": 7, "certified_us": 40.5}
     runs = [
-        [row | {"us": us, "us_spread": spread, "fa3_us": fa3, "kernels_us": {"box_kernel": 9.0}}]
+        [row | {"us": us, "us_spread": spread, "fa3_us": fa3, "kernels_us": {"box_kernel": us - 9}}]
         for us, spread, fa3 in times
     ]
     (merged,) = benchmark_decode.merge(runs)
     assert (merged["us"], merged["us_spread"], merged["fa3_us"]) == (36.0, 3.0, 138.0)
     assert merged["ratio_fa3"] == pytest.approx(138 / 36)
     assert merged["certificate_cost"] == pytest.approx(40.5 / 36 - 1)
+    assert merged["kernels_us"] == {"box_kernel": 27.0}
     assert [run["us"] for run in merged["runs"]] == [37.0, 35.0, 36.0]
 
 

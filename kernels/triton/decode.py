@@ -38,7 +38,6 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
         *("p_listed", "p_listed_count", "p_reach", "p_page_extreme", "p_near_place"),
         *("p_spread", "p_page_sample", "p_member_count", "p_candidates"),
         *("budget", "BL", "PS", "PSP"),
-        *("budget", "BL", "PS", "PSP"),
     )
 )
 """What the kernels are given of a choice of pages where there is none."""

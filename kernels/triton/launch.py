@@ -9,10 +9,10 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
 MOST_COMPILERS = 16
-"""Kernels compiled at a time, at most: each takes some hundred MB."""
+"""Kernels that a machine compiles at a time, at most: each takes some hundred MB."""
 
 _ahead: ContextVar[bool] = ContextVar("compile_ahead", default=False)
 
@@ -32,8 +32,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
 def prefer_shared_memory(function: int) -> None:
     """Have a loaded kernel run where all of a multiprocessor's memory that can be is shared memory.
 
-    That is how an engine's matrix products, before and after, leave multiprocessors. One changes
-    only once it is idle, so that kernels which want it otherwise could not start early.
+    An engine's matrix products, before and after, have it so, and a multiprocessor changes only
+    once it is idle. Measured in an engine: docs/kernels.md. A kernel's first launch comes before;
+    a graph of it is captured after.
 
     Raises:
         RuntimeError: if the driver does not know the function.
@@ -47,19 +48,25 @@ def prefer_shared_memory(function: int) -> None:
 
 
 @contextmanager
-def compile_ahead() -> Iterator[None]:
+def compile_ahead(processes: int = 1) -> Iterator[None]:
     """Within, `append`, `decode` and `prefill` write nothing; what they would launch is compiled.
 
-    Kernels are compiled in threads, as many as the process has processors: Triton's passes, which
-    take most of the time, hold no lock of Python's. All are compiled when it ends.
+    Kernels are compiled in threads, as many as the process has processors, or its share of the
+    most: Triton's passes, which take most of the time, hold no lock of Python's. All are compiled
+    when it ends.
+
+    Args:
+        processes: how many of this machine compile at the same time.
 
     Raises:
         triton.CompilationError: if one could not be compiled.
     """
-    compilers = min(MOST_COMPILERS, len(os.sched_getaffinity(0)))
-    token = _ahead.set(True)
+    compilers = max(1, min(MOST_COMPILERS, len(os.sched_getaffinity(0))) // processes)
+    token, outer = _ahead.set(True), active_mode.get()
     try:
         with ThreadPoolExecutor(compilers) as executor, AsyncCompileMode(executor):
             yield
     finally:
+        # Triton 3.6 leaves its mode active where a compilation failed.
+        active_mode.set(outer)
         _ahead.reset(token)

@@ -1,11 +1,14 @@
 """Kernels that are compiled ahead of their first launch; see test_hopper, too."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
 from entmaxkv_kernels import PageLayout, allocate_pages, split_pages
+from entmaxkv_kernels.triton import launch as launching
 from entmaxkv_kernels.triton.append import append
 from entmaxkv_kernels.triton.launch import compile_ahead, launch, prefer_shared_memory
 
@@ -39,6 +42,37 @@ def test_kernels_run_again_after_compiling_was_interrupted(raw_and_append):
         raise KeyboardInterrupt
     append_some()
     assert not torch.equal(raw, before)
+
+
+def test_kernels_are_compiled_ahead_again_after_one_could_not_be(monkeypatch):
+    def fail(mode, *error):
+        raise RuntimeError("does not compile")
+
+    with monkeypatch.context() as patch:
+        # As Triton 3.6 ends: the mode stays active.
+        patch.setattr(AsyncCompileMode, "__exit__", fail)
+        with pytest.raises(RuntimeError, match="does not compile"), compile_ahead():
+            pass
+    with compile_ahead():
+        assert active_mode.get() is not None
+    assert active_mode.get() is None
+
+
+@pytest.mark.parametrize(
+    "processes, compilers", [(1, 12), (5, 2), (64, 1)], ids=["alone", "five", "too many"]
+)
+def test_processes_of_a_machine_share_its_processors(processes, compilers, monkeypatch):
+    made = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)))
+
+    def executor(count):
+        made.append(count)
+        return ThreadPoolExecutor(count)
+
+    monkeypatch.setattr(launching, "ThreadPoolExecutor", executor)
+    with compile_ahead(processes):
+        pass
+    assert made == [compilers]
 
 
 def test_every_loaded_kernel_is_told_once_to_prefer_shared_memory(monkeypatch):
