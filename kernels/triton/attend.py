@@ -21,9 +21,11 @@ from .entmax import (
     weigh_scores,
     weights_and_slopes,
 )
-from .filter import DONE, LEFT
+from .fallback import any_of, make_up
+from .filter import DONE
 from .pages import ranked_pages
-from .scores import allow_next, await_previous
+from .scores import await_previous
+from .together import WANTED
 
 
 @triton.jit
@@ -130,44 +132,64 @@ def store_head(
 # Bounds whose rows are not aligned have one element per thread in loads, as marks have.
 @triton.jit(do_not_specialize=["page_stride"])
 def attend_kernel(
-    p_value, p_seq_lens, p_alpha, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
-    p_barrier, p_out, p_counters, p_block_table, p_exact_rows, p_listed_count, p_certificate,
+    p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
+    p_alpha, p_slopes, p_maximum, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
+    p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
     p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
-    s_out_b, s_out_h, s_page, s_head, s_block_table, window, limit, exact_below, factor, exponent,
-    value_scale, page_stride, s_scale_page, s_scale_head, s_certificate,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
-    P: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
-    LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr,
-    PSP: tl.constexpr, BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
+    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+    limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
+    s_scale_head, s_certificate,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DS: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    CLASSES: tl.constexpr, FP: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr,
+    BV: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
     the head size.
 
     The parts repeat the solution, which costs less than to wait for each other.
+
+    MAKE_UP: heads may be left, to all programs together.
+    FLAGGED: they are of rows of `p_exact_rows` alone, which are known beforehand.
     """
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    allow_next(CHAINED and FOLLOWED)
+    left = 0
+    if MAKE_UP and FLAGGED:
+        left = any_of(p_exact_rows, rows // HKV)
     await_previous(CHAINED)
-    if i_d + i_hq == 0:
-        if COUNT:
-            count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
-        if i_b == 0:
-            tl.store(p_barrier, 0)
+    if COUNT and i_d + i_hq == 0:
+        count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
+    b_count = tl.load(p_near_count + i_head * FP + tl.arange(0, FP))
+    state = tl.load(p_state + i_head)
+    if MAKE_UP:
+        if not FLAGGED:
+            left = tl.load(p_words + WANTED)
+        if left != 0:
+            make_up(
+                p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
+                p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
+                p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
+                p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
+                s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+                limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
+                s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
+                FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
+                EXACT_ROWS, CERTIFY, COUNT,
+            )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
+        return
+    longest = tl.max(b_count, 0)
+    if (state != DONE) | (longest > limit):
         return
     p_near_count += i_head * FP
     p_near_score += (i_head * FP).to(tl.int64) * limit
     p_near_slot += (i_head * FP).to(tl.int64) * limit
-    longest = tl.max(tl.load(p_near_count + tl.arange(0, FP)), 0)
-    if tl.load(p_state + i_head) != DONE:
-        return
-    if longest > limit:
-        tl.store(p_state + i_head, LEFT)
-        return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
     p_value += i_h.to(tl.int64) * s_head
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)

@@ -10,9 +10,10 @@ from .attend import load_near, solve_held, store_head, sum_values
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments
-from .filter import DONE, LEFT, above, place_above
+from .fallback import any_of, make_up
+from .filter import above, place_above
 from .pages import ranked_pages
-from .scores import allow_next, await_previous, page_source, prefetch
+from .scores import await_previous, page_source, prefetch
 
 # Scores that lie less below the largest one of a head are likely to have weight: with alpha 1.5 the
 # threshold of sixteen equal ones lies there.
@@ -59,45 +60,58 @@ def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH: tl.constexp
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
 @triton.jit(do_not_specialize=["p_score", "p_near_place", "capacity", "page_stride"])
 def attend_short_kernel(
-    p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_score,
-    p_maximum, p_near_place, p_near_score, p_near_slot, p_state, p_barrier, p_out, p_counters,
-    p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
-    s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window, capacity, limit,
-    exact_below, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
-    s_certificate,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr,
-    P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
-    TILES: tl.constexpr, FP: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr, LISTED: tl.constexpr, OVERFULL: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
-    CHAINED: tl.constexpr, FOLLOWED: tl.constexpr,
+    p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
+    p_alpha, p_slopes, p_score, p_maximum, p_near_place, p_near_score, p_near_slot, p_near_count,
+    p_state, p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
+    p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+    capacity, limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
+    s_scale_page, s_scale_head, s_certificate,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    SP: tl.constexpr, CLASSES: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
+    SHARES: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+    ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, MAKE_UP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head from its stored scores, packs the support and weighs its values,
     for one part in DS of the head size.
 
     The scores of a head are TILES tiles of BN tokens of each of S splits, which is the capacity of
     their lists, and at most R in all.
-    The parts repeat the solution and pack the same into the same place. Rows with more scores,
-    where OVERFULL, are left to `fallback_kernel`.
+    The parts repeat the solution and pack the same into the same place.
     Of more than WHOLE scores those above a lower bound are packed first, as places among them, and
     solved alone, unless they are too many; pages are looked up, and values asked for, of these.
 
+    MAKE_UP: rows that are read whole may have more scores, and are left to all programs together.
     CERTIFY: the parts share the bounds of unread pages, which are loaded with the scores.
     """
     i_d, i_hq, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    allow_next(CHAINED and FOLLOWED)
+    ROOM: tl.constexpr = TILES * S * (BN // P)
+    if MAKE_UP:
+        left = any_of(p_exact_rows, rows // HKV)
     await_previous(CHAINED)
     if COUNT and i_d + i_hq == 0:
         count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
-    if OVERFULL and i_d + i_hq + i_b == 0:
-        tl.store(p_barrier, 0)
+    if MAKE_UP:
+        if left != 0:
+            make_up(
+                p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
+                p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
+                p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
+                p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
+                s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+                limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
+                s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
+                FP, ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
+                EXACT_ROWS, CERTIFY, COUNT,
+            )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
-        if OVERFULL:
-            tl.store(p_state + i_head, DONE)
         return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
     if R > WHOLE:
@@ -108,11 +122,8 @@ def attend_short_kernel(
         p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
         list_stride, P, WINDOW, LISTED,
     )  # fmt: skip
-    if OVERFULL:
-        left = entries > TILES * S * (BN // P)
-        tl.store(p_state + i_head, tl.where(left, LEFT, DONE))
-        if left:
-            return
+    if MAKE_UP and entries > ROOM:
+        return
     o_r = tl.arange(0, R)
     o_entry = entries_of(o_r, S, TILES, BN, P)
     # Of one tile of each split the entries are in order.

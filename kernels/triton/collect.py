@@ -27,6 +27,7 @@ from .scores import (
     page_source,
     score_rows,
 )
+from .together import clear_words
 
 # Mass above the guess that the sample is made to show: more gives longer lists, less failures.
 GUESSED_MASS = tl.constexpr(2.5)
@@ -128,7 +129,7 @@ def guess_kernel(
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_exact_rows, p_reach, p_page_extreme, p_unread, p_counters,
+    p_exact_rows, p_reach, p_page_extreme, p_unread, p_counters, p_words,
     s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
@@ -136,8 +137,8 @@ def collect_kernel(
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    OVERFULL: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, OVERLAPPED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    OVERFULL: tl.constexpr, MAKE_UP: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
@@ -241,6 +242,8 @@ def collect_kernel(
                 tl.store(p_z, b_z, mask=m_g[None, :] & m_listed[:, None])
             count += kept
     allow_next(CHAINED and not (OVERLAPPED or not LISTED))
+    if MAKE_UP and i_s + i_h + i_b == 0:
+        clear_words(p_words)
     tl.store(p_count + own, count)
     # Rows of a tile are taken together so far as they lie in one warp.
     o_class = tl.arange(0, CLASSES)[:, None]

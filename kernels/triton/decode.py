@@ -14,7 +14,6 @@ from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .certificate import BOUNDED, PROVED
 from .collect import collect_kernel, guess_kernel, sample_kernel
-from .fallback import fallback_kernel
 from .filter import filter_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .launch import launch
@@ -145,6 +144,8 @@ def decode(
         "CLASSES": shape.classes,
         "M": shape.sample,
         "GUESSED": shape.max_read > store_below,
+        "BK": max(32, shape.page_size),
+        "SHARES": shape.processors,
         "WINDOW": sliding_window is not None,
         "LISTED": shape.listed,
         # Rows of whose pages none can be left out keep little of them.
@@ -328,12 +329,13 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         tiles = (shape.sample // shape.tile, *rows[1:])
         _chain(sample_kernel, tiles, arguments, num_warps=_warps(shape))
         _chain(guess_kernel, (shape.query_heads, shape.batch), arguments, num_warps=8)
-    _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
     parts = (shape.value_parts, shape.query_heads, shape.batch)
-    # Beside many programs only fallback may start early: not what streams keys in the next step.
     anywhere = guessed or shape.near < shape.most_near
-    left = {"FLAGGED": not anywhere, "FOLLOWED": anywhere or arguments["OVERFULL"]}
-    arguments = arguments | left
+    arguments = arguments | {
+        "MAKE_UP": anywhere or arguments["OVERFULL"],
+        "FLAGGED": not anywhere,
+    }
+    _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
     warps = _attend_warps(shape)
     values = {
         "BC": shape.certificate_tile(warps, shape.value_parts),
@@ -344,7 +346,6 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
         _chain(attend_short_kernel, parts, arguments, **held, **values)
-        _make_up(shape, arguments)
         return
     filters, threads = shape.filter_parts, 128
     places = min(power_of_two(capacity), max(32, 16 * threads * filters // splits))
@@ -359,24 +360,6 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     )
     block = 512 if shape.max_read > 1 << 18 or warps == 4 else 256
     _chain(attend_kernel, parts, arguments, R=block * warps, **values)
-    _make_up(shape, arguments)
-
-
-def _make_up(shape: Shape, arguments: dict[str, Any]) -> None:
-    """Attend where lists were too short, or a guess too high, if either can be."""
-    if arguments["FOLLOWED"]:
-        # Interpreted programs run one after the other, and cannot wait for each other.
-        on_gpu = arguments["p_query"].is_cuda
-        _chain(
-            fallback_kernel,
-            (shape.processors if on_gpu else 1,),
-            arguments,
-            BN=max(32, shape.page_size),
-            num_warps=8,
-            # It starts beside the programs that it follows, and mostly ends with them.
-            maxnreg=128,
-            **({"launch_cooperative_grid": True} if on_gpu else {}),
-        )
 
 
 def _attend_softmax(shape: Shape, arguments: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import triton.language as tl
 
 from .entmax import head_parameters, newton_step, sum_moments, sum_pairs
 from .scores import allow_next, await_previous, page_source
+from .together import WANTED
 
-# What becomes of a head: its output is written, or left to `fallback_kernel`.
+# What becomes of a head: its program serves it, or it is left to all, see `fallback.py`.
 DONE = tl.constexpr(0)
 LEFT = tl.constexpr(1)
 # Newton steps over the largest scores of parts of the splits.
@@ -89,13 +90,13 @@ def load_slots(
 def filter_kernel(
     p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
+    p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state, p_words,
     s_block_table, list_stride, window, capacity, store_below, limit, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, CLASSES: tl.constexpr, FP: tl.constexpr, JC: tl.constexpr,
     WIDTH: tl.constexpr, GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     SLOTS_FIRST: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    CHAINED: tl.constexpr,
+    MAKE_UP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Packs the candidates of one query head that lie above a lower bound of tau, with their
     slots, from one part in FP of the lists.
@@ -185,3 +186,5 @@ def filter_kernel(
             )  # fmt: skip
             tl.store(p_near_slot + i_w + o_w, b_slot, mask=m_w)
     tl.store(p_near_count + i_part, kept)
+    if MAKE_UP:
+        tl.store(p_words + WANTED, 1, mask=(kept > limit) | ~proved)

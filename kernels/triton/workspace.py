@@ -12,6 +12,7 @@ from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .attend_short import WHOLE
 from .fallback import TRIALS
 from .nearest_long import DEVIATIONS, SAMPLED
+from .together import WORDS
 
 STORE_BELOW = 32768
 """Sequences of at most this many tokens store all scores: no guess costs less than none."""
@@ -352,7 +353,7 @@ class Shape:
             "lower": (torch.float32, heads),
             "peak": (torch.float32, heads),
             "state": (torch.int32, heads),
-            "barrier": (torch.int32, 1),
+            "words": (torch.int32, WORDS),
             "slot": (torch.int32, rows * self.splits * capacity),
             "score": (torch.float32, lists * capacity),
             "near_score": (torch.float32, heads * self.filter_parts * self.near),
