@@ -98,19 +98,18 @@ def attend_short_kernel(
     await_previous(CHAINED)
     if COUNT and i_d + i_hq == 0:
         count_step(p_counters, n, window, HKV, G, P, WINDOW, LISTED)
-    if MAKE_UP:
-        if left != 0:
-            make_up(
-                p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
-                p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
-                p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-                p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
-                s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-                limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
-                s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
-                FP, ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
-                EXACT_ROWS, CERTIFY, COUNT,
-            )  # fmt: skip
+    if MAKE_UP and left != 0:
+        make_up(
+            p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
+            p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
+            p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
+            p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
+            s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+            limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
+            s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
+            FP, ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
+            EXACT_ROWS, CERTIFY, COUNT,
+        )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
     _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)

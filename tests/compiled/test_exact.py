@@ -12,7 +12,7 @@ from entmaxkv_kernels import Counter, Exact
 from entmaxkv_kernels.triton import workspace
 from entmaxkv_kernels.triton.workspace import Shape, decode_workspace_size
 
-from .device import DTYPES, Step
+from .device import DEVICE, DTYPES, Step
 
 RAGGED = [0, 1, 15, 16, 17, 150]
 LAST_BITS = 2e-5
@@ -36,8 +36,12 @@ def assert_accurate(step, out):
     if not isinstance(alpha, float) or options["sliding_window"] is not None:
         assert out.dtype != torch.float32 and worst <= 4 * torch.finfo(out.dtype).eps
         return
+    # By the same machine, whose sums have an order of their own.
+    slopes = None if slopes is None else slopes.to(DEVICE)
     rows = [
-        straightforward_attention(q[-1:], k, v, scene.scale, alpha, slopes)[0]
+        straightforward_attention(
+            *(x.to(DEVICE) for x in (q[-1:], k, v)), scene.scale, alpha, slopes
+        )[0].cpu()
         for q, k, v in zip(scene.query, scene.key, scene.value, strict=True)
         if len(q)
     ]
@@ -199,6 +203,18 @@ def test_some_thousand_scores_are_exact_wherever_they_are_held(held, spread, alp
     scene = make_scene([4100, 0, 17], kv_heads=1, dtype=torch.float32, spread=spread)
     assert (Step(scene, Exact()).shape.held > 4096) == (held > 0)
     check(scene, alpha=alpha)
+
+
+def test_what_is_left_is_made_up_for_by_many_programs_with_the_same_bits(monkeypatch):
+    launches = import_module("entmaxkv_kernels.triton.decode")
+    monkeypatch.setattr(launches, "processors", lambda device: 7)
+    scene = make_scene([1100, 0, 77], kv_heads=1, dtype=torch.float32, spread=0.05)
+    step = Step(scene, Exact())
+    step.shape = replace(step.shape, processors=7)
+    out = step.run(step.shape.least_size)
+    assert step.counters[Counter.FALLBACKS] == step.scratch("state").sum() > 0
+    assert_accurate(step, out)
+    assert torch.equal(out, step.run(step.shape.least_size))
 
 
 def test_two_runs_give_the_same_bits():

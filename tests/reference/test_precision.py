@@ -27,7 +27,7 @@ def straightforward_attention(
     queries, group = len(query), query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = torch.einsum("mhd,nhd->hmn", query, key) * scale
-    position = torch.arange(len(key))
+    position = torch.arange(len(key), device=key.device)
     relative = position - position[len(key) - queries :, None]
     if slopes is not None:
         scores = scores + (slopes[:, None, None] * relative).to(scores.dtype)
