@@ -37,7 +37,7 @@ from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
 MODULES = (
-    *("adaptive", "append", "attend", "attend_short", "collect", "fallback", "filter", "gaussian"),
+    *("adaptive", "append", "attend", "attend_short", "collect", "filter", "gaussian"),
     *("nearest", "pages", "prefill_softmax", "prefill_thresholds", "prefill_values"),
     *("softmax", "topk"),
 )

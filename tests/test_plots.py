@@ -77,7 +77,8 @@ def test_every_launch_of_decode_has_a_stage():
         for name in re.findall(r"^def (\w+)_kernel\(", path.read_text(), re.MULTILINE)
     }
     others = {name for name in kernels if name.startswith(("prefill", "append", "entmax"))}
-    assert launches == kernels - others
+    # Raw data from before attend did what it does have one more.
+    assert launches == kernels - others | {"fallback"}
 
 
 HEADER = {"gpu": "some GPU", "commit": "0123456789abcdef", "date": "2026-01-02"}
