@@ -12,12 +12,12 @@ they are.
 import triton
 import triton.language as tl
 
+from .bracket import NARROW, PASSES, TRIALS, narrow_bracket
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import FALLBACKS, SUPPORT
 from .entmax import (
     FP16_WEIGHT,
     newton_step,
-    norm,
     weigh,
     weigh_scores,
     weights_and_slopes,
@@ -28,14 +28,6 @@ from .scores import load_pages, load_queries, load_rows, load_scales, page_sourc
 from .together import join, meet
 from .values import weighted_columns
 
-# Thresholds that a pass over the keys tries, and the most passes: a bracket of width one shrinks
-# by that factor in each.
-TRIALS = tl.constexpr(8)
-PASSES = tl.constexpr(14)
-# The width of a bracket, as a share of the distance from the largest score, at which it ends.
-NARROW = tl.constexpr(2e-7)
-# Of a norm near one: by how much rounding can change it.
-ROUNDING = tl.constexpr(2.0**-20)
 # Rows whose flags are looked at together.
 FLAGS = tl.constexpr(256)
 
@@ -48,34 +40,6 @@ def any_of(p_flag, count):
     for i in range(0, count, FLAGS):
         b_any |= tl.load(p_flag + i + o_i, mask=i + o_i < count, other=0).to(tl.int32)
     return tl.max(b_any, 0) > 0
-
-
-@triton.jit
-def narrow_bracket(b_mass, b_low, b_high, b_exponent, ORDER: tl.constexpr):
-    """The bracket [b_low, b_high] of tau, each [GP], given the mass [GP, TRIALS] above its trials.
-
-    The norm of the weights is convex and decreasing in the threshold. Between the last trial
-    above one and the first below it the chord is above the norm, so its root is an upper bound;
-    the chord before it, prolonged, is below the norm, so its root is a lower bound. Both allow for
-    rounding, which is most of the difference between trials that are close.
-    """
-    o_j = tl.arange(0, TRIALS)[None, :]
-    b_norm = norm(b_mass, b_exponent[:, None], ORDER) - 1.0
-    b_width = (b_high - b_low) / TRIALS
-    b_index = tl.max(tl.where(b_norm >= 0.0, o_j, 0), 1)  # [GP]
-    b_at = tl.sum(tl.where(o_j == b_index[:, None], b_norm, 0.0), 1)
-    b_before = tl.sum(tl.where(o_j == b_index[:, None] - 1, b_norm, 0.0), 1)
-    b_after = tl.sum(tl.where(o_j == b_index[:, None] + 1, b_norm, 0.0), 1)
-    b_trial = b_low + b_index.to(tl.float32) * b_width
-    b_least, b_most = tl.maximum(b_at - ROUNDING, 0.0), tl.maximum(b_at, 0.0) + ROUNDING
-    b_fall = tl.maximum(b_at - b_after - 2.0 * ROUNDING, 1e-30)
-    b_chord = b_trial + tl.minimum(b_most / b_fall, 1.0) * b_width
-    b_high = tl.where(b_index + 1 < TRIALS, b_chord, b_high)
-    b_fall = tl.maximum(b_before - b_at, 0.0) + 2.0 * ROUNDING
-    b_rise = tl.where(b_index > 0, b_least / b_fall, 0.0) * b_width
-    # Their sum may not be rounded up: the root may be nearer than that to the bound.
-    b_sum = b_trial + b_rise + b_trial * 2.0**-23
-    return tl.minimum(tl.maximum(b_trial, b_sum), b_high), b_high
 
 
 @triton.jit
@@ -115,6 +79,175 @@ def left_heads(
 
 
 @triton.jit
+def make_up_row(
+    p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens, p_exact_rows,
+    p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out,
+    p_counters, p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    m_left, number, together, meetings, i_b, i_h, i_row, n, first, entries,
+    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+    exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
+    s_certificate,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
+    SHARES: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Writes the output of those heads of a row's group that are left, `m_left` [GP], with others;
+    returns how often they have met.
+
+    The tiles of BK tokens are dealt out in SHARES, of which each program has some.
+    """
+    o_n, o_d, o_g = tl.arange(0, BK), tl.arange(0, DP), tl.arange(0, GP)
+    o_j, o_s = tl.arange(0, TRIALS), tl.arange(0, SP * CLASSES)
+    m_g = o_g < G
+    if COUNT and number == 0:
+        left = tl.sum((m_left & (n > 0)).to(tl.int64), 0)
+        tl.atomic_add(p_counters + FALLBACKS, left, sem="relaxed")
+    tiles = tl.cdiv(entries, BK // P)
+    shares = tl.minimum(tiles, SHARES)
+    b_scale, b_slope, b_exponent = load_scales(
+        p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
+    )
+    b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+    p_k = p_key + i_h.to(tl.int64) * s_head
+    p_v = p_value + i_h.to(tl.int64) * s_head
+
+    p_m = p_maximum + (i_row * G + o_g)[:, None] * (S * CLASSES) + o_s[None, :]
+    m_m = m_g[:, None] & (o_s < S * CLASSES)[None, :]
+    b_peak = tl.max(tl.load(p_m, mask=m_m, other=-float("inf")), 1)  # [GP]
+    m_open = m_left & (b_peak > -float("inf"))
+    # Scores and thresholds are less the largest score. Of n equal scores the threshold
+    # is n ** (-1 / b) below them, and nowhere is it nearer.
+    b_peak = tl.where(m_open, b_peak, 0.0)
+    b_log = tl.log2((entries * P).to(tl.float32))
+    b_high = tl.where(m_open, -tl.exp2(-b_log / b_exponent), 0.0)
+    b_low = tl.where(m_open, -1.0, 0.0)
+    passes = 0
+    m_wide = b_high - b_low > -NARROW * b_high
+    wide = tl.max((m_open & m_wide).to(tl.int32), 0)
+    while (wide > 0) & (passes < PASSES):
+        b_step = (b_high - b_low) / TRIALS
+        b_trial = b_low[:, None] + b_step[:, None] * o_j[None, :]  # [GP, TRIALS]
+        # Two buffers: a program may be one meeting ahead of those that still read.
+        p_t = p_trial_mass + passes % 2 * SHARES * (GP * TRIALS)
+        o_trial = o_g[:, None] * TRIALS + o_j[None, :]
+        for i_s in range(number, shares, together):
+            b_mass = tl.zeros([BK, GP, TRIALS], tl.float32)
+            for i_t in tl.range(i_s, tiles, shares, num_stages=1):
+                _, b_z = score_tile(
+                    p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d,
+                    b_q, n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED,
+                    ALIBI,
+                )  # fmt: skip
+                b_x = tl.maximum(b_z[:, :, None] - b_trial[None, :, :], 0.0)
+                b_mass += weigh(b_x, b_exponent[None, :, None], ORDER)
+            tl.store(p_t + i_s * (GP * TRIALS) + o_trial, tl.sum(b_mass, 0))
+        meetings = meet(p_words, meetings, together)
+        b_sum = tl.zeros([GP, TRIALS], tl.float32)
+        for i_s in range(shares):
+            b_sum += tl.load(p_t + i_s * (GP * TRIALS) + o_trial)
+        b_lower, b_upper = narrow_bracket(b_sum, b_low, b_high, b_exponent, ORDER)
+        b_low = tl.where(m_open, b_lower, b_low)
+        b_high = tl.where(m_open, b_upper, b_high)
+        m_wide = b_high - b_low > -NARROW * b_high
+        wide = tl.max((m_open & m_wide).to(tl.int32), 0)
+        passes += 1
+
+    # What is left to the threshold is a number of its own: their sum would be rounded
+    # to the precision of the distance from the largest score, not of the weights.
+    p_t = p_trial_mass + passes % 2 * SHARES * (GP * TRIALS) + o_g * TRIALS
+    for i_s in range(number, shares, together):
+        b_mass = tl.zeros([BK, GP], tl.float32)
+        b_moment = tl.zeros([BK, GP], tl.float32)
+        for i_t in tl.range(i_s, tiles, shares, num_stages=1):
+            _, b_z = score_tile(
+                p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q,
+                n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
+            )  # fmt: skip
+            b_x = tl.maximum(b_z - b_low[None, :], 0.0)
+            b_w, b_d = weights_and_slopes(b_x, b_exponent[None, :], ORDER)
+            b_mass += b_w
+            b_moment += b_d
+        tl.store(p_t + i_s * (GP * TRIALS), tl.sum(b_mass, 0))
+        tl.store(p_t + i_s * (GP * TRIALS) + 1, tl.sum(b_moment, 0))
+    meetings = meet(p_words, meetings, together)
+    b_all_mass = tl.zeros([GP], tl.float32)
+    b_all_moment = tl.zeros([GP], tl.float32)
+    for i_s in range(shares):
+        b_all_mass += tl.load(p_t + i_s * (GP * TRIALS))
+        b_all_moment += tl.load(p_t + i_s * (GP * TRIALS) + 1)
+    b_rest = newton_step(b_all_mass, b_all_moment, 1.0, b_exponent, ORDER)
+
+    # Heads that are done take no part: nothing lies above their threshold.
+    b_low = tl.where(m_left, b_low, float("inf"))
+    for i_s in range(number, shares, together):
+        b_support = tl.zeros([GP], tl.int32)
+        b_total = tl.zeros([GP], tl.float32)
+        b_acc = tl.zeros([DP, GP], tl.float32)
+        for i_t in tl.range(i_s, tiles, shares, num_stages=1):
+            b_page, b_z = score_tile(
+                p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q,
+                n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
+            )  # fmt: skip
+            b_x = b_z - b_low[None, :]
+            b_w = weigh_scores(b_x, b_rest[None, :], b_exponent[None, :], ORDER)
+            if b_q.dtype == tl.float16:
+                b_w *= FP16_WEIGHT
+            m_support = (b_w != 0.0).to(tl.int32)
+            b_support += tl.sum(m_support, 0)
+            b_total += tl.sum(b_w, 0)
+            o_v = b_page.to(tl.int64) * s_page + (o_n % P) * D
+            m_v = (tl.max(m_support, 1) > 0)[:, None] & (o_d < D)[None, :]
+            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_v, other=0.0)
+            b_acc = weighted_columns(b_w, b_v.to(b_q.dtype), b_acc)
+        o_part = i_s * G + o_g
+        tl.store(p_total + o_part, b_total, mask=m_g)
+        tl.store(p_support + o_part, b_support, mask=m_g)
+        m_acc = m_g[None, :] & (o_d < D)[:, None]
+        tl.store(p_partial + o_part[None, :] * D + o_d[:, None], b_acc, mask=m_acc)
+    meetings = meet(p_words, meetings, together)
+    for i_g in range(number, G, together):
+        m_own = o_g == i_g
+        if tl.max((m_left & m_own).to(tl.int32), 0) > 0:
+            b_out = tl.zeros([DP], tl.float32)
+            total = tl.full([], 0.0, tl.float32)
+            support = tl.full([], 0, tl.int64)
+            for i_s in range(shares):
+                i_part = i_s * G + i_g
+                b_out += tl.load(p_partial + i_part * D + o_d, mask=o_d < D, other=0.0)
+                total += tl.load(p_total + i_part)
+                support += tl.load(p_support + i_part)
+            p_o = p_out + i_b.to(tl.int64) * s_out_b + (i_h * G + i_g) * s_out_h + o_d
+            b_out = b_out / total * value_scale
+            tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+            if COUNT:
+                tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
+            if CERTIFY > 0:
+                tau = tl.sum(tl.where(m_own, b_low + b_rest, 0.0), 0)
+                peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
+                b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
+                _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+                unread, rounding, b_bound, b_unread = load_unread(
+                    p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span,
+                    p_rounding, i_b, i_h, i_row, i_row * G + i_g, 0, n, ranked,
+                    s_block_table, page_stride, s_scale_page, s_scale_head, P, PS, PSP,
+                    BC, LISTED, CERTIFY,
+                )  # fmt: skip
+                bound, complete = sum_unread(
+                    p_bound, p_unread, p_unread_mass, unread, rounding, b_bound,
+                    b_unread, i_row, i_row * G + i_g, 0, ranked, tau, peak, b,
+                    page_stride, P, BC, 1, CERTIFY, ORDER, False,
+                )  # fmt: skip
+                store_certificate(
+                    p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
+                    s_certificate, COUNT,
+                )  # fmt: skip
+    # The parts are written again for the next row.
+    return meet(p_words, meetings, together)
+
+
+@triton.jit
 def make_up(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words, p_trial_mass, p_partial, p_total,
@@ -130,17 +263,13 @@ def make_up(
     PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, EXACT_ROWS: tl.constexpr,
     CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of every head that is left, together with other programs of the launch.
-
-    A row's tiles of BK tokens are dealt out in SHARES, of which each program has some.
-    """
+    """Writes the output of every head that is left, together with other programs of the launch."""
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     number, together = join(p_words, tl.minimum(programs, SHARES))
     if number < together:
-        o_n, o_d, o_g = tl.arange(0, BK), tl.arange(0, DP), tl.arange(0, GP)
-        o_j, o_s = tl.arange(0, TRIALS), tl.arange(0, SP * CLASSES)
-        m_g = o_g < G
-        meetings = 0
+        o_g = tl.arange(0, GP)
+        # Loops take no number that is known to the compiler for what they change.
+        meetings = tl.full([], 0, tl.int32)
         for i in range(0, rows):
             # The interpreter's loop variables are no tensors.
             i_row = tl.full([], 0, tl.int32) + i
@@ -155,151 +284,14 @@ def make_up(
                 ALPHA_PER_HEAD,
             )  # fmt: skip
             if tl.max(m_left.to(tl.int32), 0) > 0:
-                if COUNT and number == 0:
-                    left = tl.sum((m_left & (n > 0)).to(tl.int64), 0)
-                    tl.atomic_add(p_counters + FALLBACKS, left, sem="relaxed")
-                tiles = tl.cdiv(entries, BK // P)
-                shares = tl.minimum(tiles, SHARES)
-                b_scale, b_slope, b_exponent = load_scales(
-                    p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
-                )
-                b_q = load_queries(
-                    p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D
-                )  # [DP, GP]
-                p_k = p_key + i_h.to(tl.int64) * s_head
-                p_v = p_value + i_h.to(tl.int64) * s_head
-
-                p_m = p_maximum + (i_row * G + o_g)[:, None] * (S * CLASSES) + o_s[None, :]
-                m_m = m_g[:, None] & (o_s < S * CLASSES)[None, :]
-                b_peak = tl.max(tl.load(p_m, mask=m_m, other=-float("inf")), 1)  # [GP]
-                m_open = m_left & (b_peak > -float("inf"))
-                # Scores and thresholds are less the largest score. Of n equal scores the threshold
-                # is n ** (-1 / b) below them, and nowhere is it nearer.
-                b_peak = tl.where(m_open, b_peak, 0.0)
-                b_log = tl.log2((entries * P).to(tl.float32))
-                b_high = tl.where(m_open, -tl.exp2(-b_log / b_exponent), 0.0)
-                b_low = tl.where(m_open, -1.0, 0.0)
-                passes = 0
-                m_wide = b_high - b_low > -NARROW * b_high
-                wide = tl.max((m_open & m_wide).to(tl.int32), 0)
-                while (wide > 0) & (passes < PASSES):
-                    b_step = (b_high - b_low) / TRIALS
-                    b_trial = b_low[:, None] + b_step[:, None] * o_j[None, :]  # [GP, TRIALS]
-                    # Two buffers: a program may be one meeting ahead of those that still read.
-                    p_t = p_trial_mass + passes % 2 * SHARES * (GP * TRIALS)
-                    o_trial = o_g[:, None] * TRIALS + o_j[None, :]
-                    for i_s in range(number, shares, together):
-                        b_mass = tl.zeros([BK, GP, TRIALS], tl.float32)
-                        for i_t in tl.range(i_s, tiles, shares, num_stages=1):
-                            _, b_z = score_tile(
-                                p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d,
-                                b_q, n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED,
-                                ALIBI,
-                            )  # fmt: skip
-                            b_x = tl.maximum(b_z[:, :, None] - b_trial[None, :, :], 0.0)
-                            b_mass += weigh(b_x, b_exponent[None, :, None], ORDER)
-                        tl.store(p_t + i_s * (GP * TRIALS) + o_trial, tl.sum(b_mass, 0))
-                    meetings = meet(p_words, meetings, together)
-                    b_sum = tl.zeros([GP, TRIALS], tl.float32)
-                    for i_s in range(shares):
-                        b_sum += tl.load(p_t + i_s * (GP * TRIALS) + o_trial)
-                    b_lower, b_upper = narrow_bracket(b_sum, b_low, b_high, b_exponent, ORDER)
-                    b_low = tl.where(m_open, b_lower, b_low)
-                    b_high = tl.where(m_open, b_upper, b_high)
-                    m_wide = b_high - b_low > -NARROW * b_high
-                    wide = tl.max((m_open & m_wide).to(tl.int32), 0)
-                    passes += 1
-
-                # What is left to the threshold is a number of its own: their sum would be rounded
-                # to the precision of the distance from the largest score, not of the weights.
-                p_t = p_trial_mass + passes % 2 * SHARES * (GP * TRIALS) + o_g * TRIALS
-                for i_s in range(number, shares, together):
-                    b_mass = tl.zeros([BK, GP], tl.float32)
-                    b_moment = tl.zeros([BK, GP], tl.float32)
-                    for i_t in tl.range(i_s, tiles, shares, num_stages=1):
-                        _, b_z = score_tile(
-                            p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q,
-                            n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
-                        )  # fmt: skip
-                        b_x = tl.maximum(b_z - b_low[None, :], 0.0)
-                        b_w, b_d = weights_and_slopes(b_x, b_exponent[None, :], ORDER)
-                        b_mass += b_w
-                        b_moment += b_d
-                    tl.store(p_t + i_s * (GP * TRIALS), tl.sum(b_mass, 0))
-                    tl.store(p_t + i_s * (GP * TRIALS) + 1, tl.sum(b_moment, 0))
-                meetings = meet(p_words, meetings, together)
-                b_all_mass = tl.zeros([GP], tl.float32)
-                b_all_moment = tl.zeros([GP], tl.float32)
-                for i_s in range(shares):
-                    b_all_mass += tl.load(p_t + i_s * (GP * TRIALS))
-                    b_all_moment += tl.load(p_t + i_s * (GP * TRIALS) + 1)
-                b_rest = newton_step(b_all_mass, b_all_moment, 1.0, b_exponent, ORDER)
-
-                # Heads that are done take no part: nothing lies above their threshold.
-                b_low = tl.where(m_left, b_low, float("inf"))
-                for i_s in range(number, shares, together):
-                    b_support = tl.zeros([GP], tl.int32)
-                    b_total = tl.zeros([GP], tl.float32)
-                    b_acc = tl.zeros([DP, GP], tl.float32)
-                    for i_t in tl.range(i_s, tiles, shares, num_stages=1):
-                        b_page, b_z = score_tile(
-                            p_pages, i_t, first, entries, list_stride, p_k, s_page, o_n, o_d, b_q,
-                            n, window, b_scale, b_slope, b_peak, D, P, WINDOW, LISTED, ALIBI,
-                        )  # fmt: skip
-                        b_x = b_z - b_low[None, :]
-                        b_w = weigh_scores(b_x, b_rest[None, :], b_exponent[None, :], ORDER)
-                        if b_q.dtype == tl.float16:
-                            b_w *= FP16_WEIGHT
-                        m_support = (b_w != 0.0).to(tl.int32)
-                        b_support += tl.sum(m_support, 0)
-                        b_total += tl.sum(b_w, 0)
-                        o_v = b_page.to(tl.int64) * s_page + (o_n % P) * D
-                        m_v = (tl.max(m_support, 1) > 0)[:, None] & (o_d < D)[None, :]
-                        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_v, other=0.0)
-                        b_acc = weighted_columns(b_w, b_v.to(b_q.dtype), b_acc)
-                    o_part = i_s * G + o_g
-                    tl.store(p_total + o_part, b_total, mask=m_g)
-                    tl.store(p_support + o_part, b_support, mask=m_g)
-                    m_acc = m_g[None, :] & (o_d < D)[:, None]
-                    tl.store(p_partial + o_part[None, :] * D + o_d[:, None], b_acc, mask=m_acc)
-                meetings = meet(p_words, meetings, together)
-                for i_g in range(number, G, together):
-                    m_own = o_g == i_g
-                    if tl.max((m_left & m_own).to(tl.int32), 0) > 0:
-                        b_out = tl.zeros([DP], tl.float32)
-                        total = tl.full([], 0.0, tl.float32)
-                        support = tl.full([], 0, tl.int64)
-                        for i_s in range(shares):
-                            i_part = i_s * G + i_g
-                            b_out += tl.load(p_partial + i_part * D + o_d, mask=o_d < D, other=0.0)
-                            total += tl.load(p_total + i_part)
-                            support += tl.load(p_support + i_part)
-                        p_o = p_out + i_b.to(tl.int64) * s_out_b + (i_h * G + i_g) * s_out_h + o_d
-                        b_out = b_out / total * value_scale
-                        tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
-                        if COUNT:
-                            tl.atomic_add(p_counters + SUPPORT, support, sem="relaxed")
-                        if CERTIFY > 0:
-                            tau = tl.sum(tl.where(m_own, b_low + b_rest, 0.0), 0)
-                            peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
-                            b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
-                            _, ranked = ranked_pages(
-                                p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS
-                            )
-                            unread, rounding, b_bound, b_unread = load_unread(
-                                p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span,
-                                p_rounding, i_b, i_h, i_row, i_row * G + i_g, 0, n, ranked,
-                                s_block_table, page_stride, s_scale_page, s_scale_head, P, PS, PSP,
-                                BC, LISTED, CERTIFY,
-                            )  # fmt: skip
-                            bound, complete = sum_unread(
-                                p_bound, p_unread, p_unread_mass, unread, rounding, b_bound,
-                                b_unread, i_row, i_row * G + i_g, 0, ranked, tau, peak, b,
-                                page_stride, P, BC, 1, CERTIFY, ORDER, False,
-                            )  # fmt: skip
-                            store_certificate(
-                                p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
-                                s_certificate, COUNT,
-                            )  # fmt: skip
-                # The parts are written again for the next row.
-                meetings = meet(p_words, meetings, together)
+                meetings = make_up_row(
+                    p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens,
+                    p_exact_rows, p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial,
+                    p_total, p_support, p_out, p_counters, p_certificate, p_scales, p_bound,
+                    p_unread, p_span, p_rounding, p_unread_mass, m_left, number, together, meetings,
+                    i_b, i_h, i_row, n, first, entries, s_query_b, s_query_h, s_out_b, s_out_h,
+                    s_page, s_head, s_block_table, list_stride, window, exact_below, scale, factor,
+                    exponent, value_scale, page_stride, s_scale_page, s_scale_head, s_certificate,
+                    HKV, G, GP, D, DP, P, BK, S, SP, CLASSES, SHARES, WINDOW, LISTED, ALIBI,
+                    ALPHA_PER_HEAD, ORDER, PS, PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
+                )  # fmt: skip

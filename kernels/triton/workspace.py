@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference.adaptive import FIRST_SHARE, most_first
 from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .attend_short import WHOLE
-from .fallback import TRIALS
+from .bracket import TRIALS
 from .nearest_long import DEVIATIONS, SAMPLED
 from .together import WORDS
 
