@@ -1,4 +1,4 @@
-"""A Llama whose attention is softmax or 1.5-entmax, with rotary positions or NAPE, and its files."""
+"""A Llama with softmax or 1.5-entmax and with rotary positions or NAPE, and its files."""
 
 from pathlib import Path
 from typing import Any
