@@ -11,7 +11,7 @@ ds = x * (dp - dout.out2), where dp = dout.v ("AdaSplash: Adaptive Sparse Flash 
 import triton
 import triton.language as tl
 
-from entmaxkv_kernels.triton.training_forward import head_slope, load_rows, scaled_scores
+from entmaxkv_kernels.triton.training_forward import load_rows, scaled_scores
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def entmax_attention_query_gradient_kernel(
     o_d = tl.arange(0, D)
     m_m = o_m < T
     stop = tl.minimum(i_m + BM, T)
-    slope = head_slope(p_slopes, i_h)
+    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_do = load_rows(p_do + i_bh * T * D, D, o_m, o_d, T)  # [BM, D]
@@ -224,7 +224,7 @@ def entmax_attention_key_value_gradient_kernel(
     for i_g in range(G):
         i_q = i_h * G + i_g
         i_row = i_b * H + i_q
-        slope = head_slope(p_slopes, i_q)
+        slope = 0.5 * tl.load(p_slopes + i_q) if p_slopes is not None else None
         p_qg = p_q + i_b * s_qb + i_q * s_qh
         p_dog = p_do + i_row * T * D
         p_taug = p_tau + i_row * T

@@ -28,14 +28,8 @@ def load_rows(p_x, s_row, o_row, o_d, T):
 
 
 @triton.jit
-def head_slope(p_slopes, i_h):
-    """Half of a head's slope, as scores are halves of the usual ones; None without slopes."""
-    return None if p_slopes is None else 0.5 * tl.load(p_slopes + i_h)
-
-
-@triton.jit
 def scaled_scores(b_a, b_b, half_scale, slope, distance):
-    """Scores in float32 of every row of b_a against every row of b_b."""
+    """Scores, halved, of every row of b_a against every row of b_b; without ALiBi slope is None."""
     b_z = tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * half_scale
     return b_z if slope is None else b_z + slope * distance
 
@@ -171,7 +165,7 @@ def entmax_attention_forward_kernel(
     o_m = i_m + tl.arange(0, BM)
     o_d = tl.arange(0, D)
     stop = tl.minimum(i_m + BM, T)
-    slope = head_slope(p_slopes, i_h)
+    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_max = tl.full([BM], -float("inf"), tl.float32)  # [BM]
