@@ -51,7 +51,8 @@ def read_nape(config: Mapping[str, Any]) -> Nape:
     heads = config["num_attention_heads"]
     slopes = config.get("alibi_slopes")
     if slopes is None:
-        count = config.get("alibi_num_heads", heads // 2)
+        count = config.get("alibi_num_heads")
+        count = heads // 2 if count is None else count
         if type(count) is not int or not 0 <= count <= heads:
             problem = f"is not a number of the model's {heads} query heads"
             raise ConfigurationError("alibi_num_heads", count, problem, f"give 0 to {heads}")

@@ -21,11 +21,19 @@ from entmaxkv_vllm.nape_transformers import NapeLlamaForCausalLM
 
 ATTENTION = {1.0: "sdpa", 1.5: "entmax15"}
 HEAD_DIM = 64
-POSITIONS = {
-    "rotary": (LlamaConfig, LlamaForCausalLM),
-    "nape": (NapeLlamaConfig, NapeLlamaForCausalLM),
+POSITIONS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "rotary": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ),
+    "nape": (
+        NapeLlamaConfig,
+        NapeLlamaForCausalLM,
+        {"alibi_slope_type": "geometric", "attn_scale_type": "learn"},
+    ),
 }
-NAPE = {"alibi_slope_type": "geometric", "attn_scale_type": "learn"}
+"""Classes of the configuration and the model, and what the configuration says of positions."""
 
 
 def entmax15_attention(
@@ -52,13 +60,18 @@ def dense_entmax_attention(
     from entmax import entmax15
 
     group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    kept = value.dtype
+    query, key, value = (
+        query.float(),
+        *(x.float().repeat_interleave(group, 1) for x in (key, value)),
+    )
     position = torch.arange(query.shape[2])
     distance = position - position[:, None]
     scores = scale * query @ key.mT
     if slopes is not None:
         scores = scores + torch.tensor(slopes)[:, None, None] * distance
-    return entmax15(scores.masked_fill(distance > 0, -torch.inf), dim=-1) @ value
+    weights = entmax15(scores.masked_fill(distance > 0, -torch.inf), dim=-1)
+    return (weights @ value).to(kept)
 
 
 AttentionInterface.register("entmax15", entmax15_attention)
@@ -76,9 +89,9 @@ def new_model(
     positions: str = "rotary",
 ) -> LlamaForCausalLM:
     """A freshly initialised model for sequences of up to `longest` bytes."""
-    config_class, model_class = POSITIONS[positions]
+    config_class, model_class, settings = POSITIONS[positions]
     config = config_class(
-        **(NAPE if positions == "nape" else {}),
+        **settings,
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -87,7 +100,6 @@ def new_model(
         num_key_value_heads=key_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=longest,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         initializer_range=0.6 * hidden**-0.5,
         tie_word_embeddings=True,
         bos_token_id=BOS,
