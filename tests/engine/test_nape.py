@@ -114,6 +114,16 @@ def test_greedy_tokens_and_logits_are_those_of_plain_pytorch(folder, weights):
             torch.testing.assert_close(served, row, rtol=0, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_the_model_that_is_trained_computes_the_same(folder, weights):
+    from llama import load_model
+
+    logits = load_model(folder, "cpu").float()(torch.tensor([prompt(130)])).logits[0]
+    torch.testing.assert_close(
+        logits, plain_logits(weights, prompt(130), SLOPES), atol=1e-4, rtol=0
+    )
+
+
 @pytest.mark.parametrize("changed", ["slopes", "beta", "gamma"])
 def test_slopes_and_scales_count(weights, changed):
     expected = plain_logits(weights, prompt(130), SLOPES)
