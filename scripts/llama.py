@@ -1,16 +1,39 @@
-"""A Llama whose attention is softmax or 1.5-entmax, and its files."""
+"""A Llama with softmax or 1.5-entmax and with rotary positions or NAPE, and its files."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from byte_tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, byte_tokenizer
-from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from entmaxkv_kernels.triton.training import entmax_attention
+from entmaxkv_vllm.nape import NapeLlamaConfig
+from entmaxkv_vllm.nape_transformers import NapeLlamaForCausalLM
 
 ATTENTION = {1.0: "sdpa", 1.5: "entmax15"}
 HEAD_DIM = 64
+POSITIONS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "rotary": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ),
+    "nape": (
+        NapeLlamaConfig,
+        NapeLlamaForCausalLM,
+        {"alibi_slope_type": "geometric", "attn_scale_type": "learn"},
+    ),
+}
+"""Classes of the configuration and the model, and what the configuration says of positions."""
 
 
 def entmax15_attention(
@@ -25,7 +48,30 @@ def entmax15_attention(
     """Causal attention in the form that transformers calls. # [B, H, T, D] -> [B, T, H, D]"""
     # Autocast leaves rotated queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return entmax_attention(query, key, value, scaling).transpose(1, 2), None
+    slopes = getattr(module, "slopes", None)
+    attend = entmax_attention if query.is_cuda else dense_entmax_attention
+    return attend(query, key, value, scaling, slopes).transpose(1, 2), None
+
+
+def dense_entmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: tuple[float, ...] | None
+) -> Tensor:
+    """What `entmax_attention` computes, without a GPU, from all scores at once."""
+    from entmax import entmax15
+
+    group = query.shape[1] // key.shape[1]
+    kept = value.dtype
+    query, key, value = (
+        query.float(),
+        *(x.float().repeat_interleave(group, 1) for x in (key, value)),
+    )
+    position = torch.arange(query.shape[2])
+    distance = position - position[:, None]
+    scores = scale * query @ key.mT
+    if slopes is not None:
+        scores = scores + torch.tensor(slopes)[:, None, None] * distance
+    weights = entmax15(scores.masked_fill(distance > 0, -torch.inf), dim=-1)
+    return (weights @ value).to(kept)
 
 
 AttentionInterface.register("entmax15", entmax15_attention)
@@ -40,9 +86,12 @@ def new_model(
     heads: int,
     key_heads: int,
     longest: int,
+    positions: str = "rotary",
 ) -> LlamaForCausalLM:
     """A freshly initialised model for sequences of up to `longest` bytes."""
-    config = LlamaConfig(
+    config_class, model_class, settings = POSITIONS[positions]
+    config = config_class(
+        **settings,
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -51,7 +100,6 @@ def new_model(
         num_key_value_heads=key_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=longest,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         initializer_range=0.6 * hidden**-0.5,
         tie_word_embeddings=True,
         bos_token_id=BOS,
@@ -60,13 +108,13 @@ def new_model(
         entmax_alpha=alpha,
         attn_implementation=ATTENTION[alpha],
     )
-    return LlamaForCausalLM(config)
+    return model_class(config)
 
 
 def load_model(folder: Path, device: str) -> LlamaForCausalLM:
     """The saved model in the dtype of its weights, with the attention that its config names."""
-    config = LlamaConfig.from_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=ATTENTION[config.entmax_alpha], dtype="auto"
     ).to(device)
 
@@ -74,7 +122,7 @@ def load_model(folder: Path, device: str) -> LlamaForCausalLM:
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Writes bfloat16 weights, the configuration and the tokenizer."""
     weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
-    half = LlamaForCausalLM(model.config).bfloat16()
+    half = type(model)(model.config).bfloat16()
     half.load_state_dict(weights)
     half.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False

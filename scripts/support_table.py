@@ -95,6 +95,10 @@ MODELS = (
         gpu=f"{COMPILED}test_heads_have_their_own_alpha_and_slope_and_see_a_window",
     ),
     Line(
+        "NAPE: ALiBi on some heads, scaled queries on others",
+        cpu=f"{ENGINE}test_nape.py::test_greedy_tokens_and_logits_are_those_of_plain_pytorch",
+    ),
+    Line(
         "sliding-window layers among full ones",
         layer={"has_sliding_window": True},
         cpu=f"{ARCHITECTURES}test_sliding_window_layers_among_full_ones_agree_with_the_oracle",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from evaluate_model import score, write_evaluation
-from llama import ATTENTION, new_model, save_model
+from llama import ATTENTION, POSITIONS, new_model, save_model
 from torch.nn.functional import cross_entropy
 from training_data import prefetched, training_batch
 from transformers import LlamaForCausalLM
@@ -208,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float)
     length.add_argument("--steps", type=int)
     parser.add_argument("--alpha", type=float, nargs="+", choices=sorted(ATTENTION), default=[1.5])
+    parser.add_argument("--positions", choices=sorted(POSITIONS), default="rotary")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=512)
@@ -258,6 +259,7 @@ def new_trainees(arguments: argparse.Namespace) -> list[Trainee]:
             heads=arguments.heads,
             key_heads=arguments.key_heads,
             longest=arguments.longest,
+            positions=arguments.positions,
         )
         trainees.append(Trainee(model.to("cuda" if torch.cuda.is_available() else "cpu"), folder))
     return trainees
@@ -267,6 +269,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.resume and len(arguments.alpha) > 1:
         raise SystemExit("--resume continues one model; give one --alpha")
+    if arguments.positions == "nape" and 1.0 in arguments.alpha:
+        raise SystemExit("--positions nape trains entmax alone; leave --alpha 1 out")
     try:
         add_packages(arguments.packages)
     except ValueError as error:

@@ -26,9 +26,9 @@ from entmaxkv_vllm.evaluate.selectors import parse_selector
 SHAPE = {"layers": 2, "hidden": 32, "intermediate": 32, "heads": 4, "key_heads": 2, "longest": 1300}
 
 
-def small_model(alpha):
+def small_model(alpha, positions="rotary"):
     torch.manual_seed(1)
-    model = new_model(alpha=alpha, **SHAPE)
+    model = new_model(alpha=alpha, positions=positions, **SHAPE)
     # Larger queries, so that entmax has zeros.
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 12
@@ -133,6 +133,17 @@ def test_exact_predictions_are_those_of_the_model_and_of_any_prefill():
     entmax.prefill(tokens[:, :20])
     earlier = entmax.predict(tokens[:, 20:], 20, Exact()).logits
     torch.testing.assert_close(predicted, earlier[:, 30:], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_exact_predictions_with_slopes_and_scaled_queries_are_those_of_the_model():
+    tokens = torch.randint(0, 256, (2, 61), generator=torch.Generator().manual_seed(4))
+    model = small_model(1.5, "nape")
+    dense = model(input_ids=tokens).logits
+    nape = PagedModel(model, 1.5, 2, 80)
+    nape.prefill(tokens[:, :40])
+    predicted = nape.predict(tokens[:, 40:], 40, Exact()).logits
+    torch.testing.assert_close(predicted, dense[:, 40:], atol=2e-5, rtol=1e-4)
 
 
 def test_selectors_have_names_and_settings():

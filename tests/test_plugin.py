@@ -39,6 +39,12 @@ def test_the_name_on_the_command_line_reaches_the_backend_class(backends):
     assert backends["ENTMAXKV"].get_class().get_name() == "ENTMAXKV"
 
 
+def test_the_model_with_nape_is_one_that_vllm_serves(backends):
+    from vllm import ModelRegistry
+
+    assert "NapeLlamaForCausalLM" in ModelRegistry.get_supported_archs()
+
+
 def test_a_copy_or_an_unpickled_member_is_the_registered_one(backends):
     member = backends["ENTMAXKV"]
     assert pickle.loads(pickle.dumps(member)) is member
@@ -109,7 +115,8 @@ def test_an_unsupported_vllm_is_refused_when_the_backend_is_loaded_and_not_befor
     child = run(
         "from entmaxkv_vllm import compat\n"
         "compat.vllm_distribution = lambda: ('vllm', '0.31.2')\n"
-        "import sys; sys.modules['vllm.v1.kv_cache_layout'] = None  # as an older vLLM would be\n"
+        "import sys, vllm; vllm.ModelRegistry  # which this vLLM, unlike older ones, needs it for\n"
+        "sys.modules['vllm.v1.kv_cache_layout'] = None  # as an older vLLM would be\n"
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
         "print('registered'); AttentionBackendEnum['ENTMAXKV'].get_class()\n"

@@ -23,6 +23,7 @@ LLAMA = {
     "entmax_alpha": 1.5,
     "torch_dtype": "float32",
 }
+NAPE = {**LLAMA, "architectures": ["NapeLlamaForCausalLM"], "model_type": "nape_llama"}
 GEMMA2 = {
     **LLAMA,
     "architectures": ["Gemma2ForCausalLM"],
@@ -54,6 +55,7 @@ def start(tmp_path):
 def test_a_good_configuration_is_accepted_and_takes_the_page_as_its_block(start):
     assert start().cache_config.block_size == 16
     assert start(options={"page_size": 64}).cache_config.block_size == 64
+    assert start(NAPE | {"attn_scale_type": "learn"}).cache_config.block_size == 16
 
 
 def test_a_block_of_several_pages_is_accepted(start):
@@ -68,6 +70,26 @@ def test_a_block_of_several_pages_is_accepted(start):
             LLAMA | {"entmax_alpha": [1.5] * 3}, {}, "has 3 entries .* 4 query heads", id="alphas"
         ),
         pytest.param(LLAMA | {"entmax_alpha": None}, {}, "is missing", id="missing-alpha"),
+        pytest.param(
+            NAPE | {"alibi_num_heads": 5}, {}, "=5 .* 4 .*; give 0 to 4", id="alibi-heads"
+        ),
+        pytest.param(NAPE | {"alibi_slopes": [1, 0]}, {}, "an entry for each query", id="slopes"),
+        pytest.param(
+            NAPE | {"alibi_slopes": [1, 0, 0, -1]}, {}, "slopes=-1 is no slope", id="slope"
+        ),
+        pytest.param(
+            NAPE | {"alibi_slope_type": "log"}, {}, "'log' .* linear, exp", id="slope-type"
+        ),
+        pytest.param(
+            NAPE | {"attn_scale_type": "lern"}, {}, "choose from null, l", id="scale-type"
+        ),
+        pytest.param(NAPE | {"attn_scale_delta": "1"}, {}, "delta='1' is not a number", id="delta"),
+        pytest.param(
+            NAPE | {"attn_scale_type": "learn", "alibi_slopes": [0, 0, 1, 1]},
+            {},
+            "attn_scale_type='learn' scales the last heads",
+            id="scaled-heads-in-front",
+        ),
         pytest.param(LLAMA, {"options": {"selector": "top-k"}}, "'topk'", id="selector"),
         pytest.param(LLAMA, {"options": {"budget": 64}}, "'token_budget'", id="option"),
         pytest.param(

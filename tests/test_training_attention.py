@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -39,20 +40,29 @@ def entmax15(scores: torch.Tensor) -> torch.Tensor:
     return (z - tau.gather(-1, support - 1)).clamp(min=0) ** 2
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, slopes: Any = None
+) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     hidden = torch.ones(q.shape[2], q.shape[2], device=q.device).triu(1).bool()
-    scores = (scale * q @ k.mT).masked_fill(hidden, -torch.inf)
-    return entmax15(scores) @ v
+    scores = scale * q @ k.mT
+    if slopes is not None:
+        position = torch.arange(q.shape[2], device=q.device)
+        scores += torch.tensor(slopes).to(q)[:, None, None] * (position - position[:, None])
+    return entmax15(scores.masked_fill(hidden, -torch.inf)) @ v
 
 
 @runs_kernels
 @pytest.mark.parametrize("sharpness", [0.3, 4.0], ids=["dense-weights", "sparse-weights"])
 @pytest.mark.parametrize("length", [1, 77, 128, 301], ids=lambda n: f"{n}-tokens")
-@pytest.mark.parametrize("group", [1, 2], ids=["one-head-per-key-head", "two-heads-per-key-head"])
+@pytest.mark.parametrize(
+    ("group", "slope"),
+    [(1, None), (2, None), (2, 0.03)],
+    ids=["one-head-per-key-head", "two-heads-per-key-head", "slopes"],
+)
 def test_output_and_gradients_equal_double_precision_autograd(
-    length: int, group: int, sharpness: float
+    length: int, group: int, sharpness: float, slope: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(length + group)
 
@@ -63,9 +73,10 @@ def test_output_and_gradients_equal_double_precision_autograd(
     scale = 32**-0.5
     exact = [x.to(DEVICE).detach().requires_grad_() for x in (q, k, v)]
     single = [x.detach().float().requires_grad_() for x in exact]
-    expected = reference(*exact, scale)
+    slopes = slope and [0.0, *(slope / head for head in range(1, 2 * group))]
+    expected = reference(*exact, scale, slopes)
     expected.backward(grad.to(DEVICE))
-    actual = entmax_attention(*single)
+    actual = entmax_attention(*single, slopes=slopes)
     actual.backward(grad.to(DEVICE).float())
 
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from entmaxkv_kernels import Exact, Selector, analyze_decode, decode
 from entmaxkv_vllm.evaluate.checkpoint import Checkpoint
+from entmaxkv_vllm.evaluate.errors import EvaluationError
 from entmaxkv_vllm.evaluate.paged_model import PagedModel, Recorded
 from entmaxkv_vllm.evaluate.selectors import parse_selector
 from entmaxkv_vllm.evaluate.summary import place_summaries
@@ -41,7 +42,11 @@ def measure_selector(
     seq_lens = (positions + 1).int()
     table = paged.block_table[:1].expand(len(positions), -1).contiguous()
     shared = rows, cache, table, seq_lens
-    settings: dict[str, Any] = {"scale": recorded.scale, "alpha": paged.alpha}
+    settings: dict[str, Any] = {
+        "scale": recorded.scale,
+        "alpha": paged.alpha,
+        "alibi_slopes": recorded.slopes,
+    }
     report = analyze_decode(*shared, selector=selector, **settings)
     serves = paged.implementation
     served = decode(*shared, selector=selector, implementation=serves, **settings)
@@ -65,7 +70,12 @@ def save_inputs(
     paged: PagedModel, recorded: dict[int, Recorded], positions: Tensor, path: Path
 ) -> None:
     """The keys [layers, kv_heads, tokens, head_size] of a sequence, and queries [layers, positions,
-    heads, head_size] at positions of it."""
+    heads, head_size] at positions of it.
+
+    Raises EvaluationError for a model whose scores have slopes besides.
+    """
+    if recorded[0].slopes is not None:
+        raise EvaluationError("--inputs saves no ALiBi slopes, which this model has; leave it out")
     caches = next(iter(paged.caches.values()))
     pages = -(-len(recorded[0].query) // paged.page_size)
     keys = [

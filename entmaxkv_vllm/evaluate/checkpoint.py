@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import entmaxkv_vllm.nape_transformers  # noqa: F401, its model is one that transformers loads
 from entmaxkv_vllm.config import resolve
 from entmaxkv_vllm.evaluate.errors import EvaluationError
 from entmaxkv_vllm.evaluate.ruler import ruler_task

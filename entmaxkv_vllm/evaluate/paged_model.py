@@ -44,10 +44,12 @@ STATISTICS: tuple[Statistics, ...] = (("mean", "std"), BOX)
 
 @dataclass
 class Recorded:
-    """Queries [tokens, heads, head_size] of a layer, and what its scores are scaled by."""
+    """Queries [tokens, heads, head_size] of a layer, what its scores are scaled by, and ALiBi's
+    slopes [heads] if it has any."""
 
     query: Tensor
     scale: float
+    slopes: Tensor | None
 
 
 @dataclass
@@ -96,13 +98,17 @@ def paged_attention(
     caches = paged.caches[module.layer_idx]
     for cache in caches:
         append(cache, key, value, paged.slots, implementation=paged.implementation)
+    slopes = getattr(module, "slopes", None)
+    slopes = None if slopes is None else torch.tensor(slopes, device=query.device)
     if paged.recorded is not None:
-        paged.recorded[module.layer_idx] = Recorded(query, scaling)
+        paged.recorded[module.layer_idx] = Recorded(query, scaling, slopes)
     attend = _prefill if paged.selector is None else _decode_each
-    return attend(query, caches[0], paged, scaling).unflatten(0, (batch, length)), None
+    return attend(query, caches[0], paged, scaling, slopes).unflatten(0, (batch, length)), None
 
 
-def _prefill(query: Tensor, cache: PagedCache, paged: Step, scale: float) -> Tensor:
+def _prefill(
+    query: Tensor, cache: PagedCache, paged: Step, scale: float, slopes: Tensor | None
+) -> Tensor:
     batch, length = len(paged.block_table), len(paged.positions)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * length
     seq_lens = (paged.positions[-1:] + 1).int().expand(batch).contiguous()
@@ -114,11 +120,14 @@ def _prefill(query: Tensor, cache: PagedCache, paged: Step, scale: float) -> Ten
         starts,
         scale=scale,
         alpha=paged.alpha,
+        alibi_slopes=slopes,
         implementation=paged.implementation,
     )
 
 
-def _decode_each(query: Tensor, cache: PagedCache, paged: Step, scale: float) -> Tensor:
+def _decode_each(
+    query: Tensor, cache: PagedCache, paged: Step, scale: float, slopes: Tensor | None
+) -> Tensor:
     assert paged.selector is not None
     batch, length = len(paged.block_table), len(paged.positions)
     seq_lens = (paged.positions + 1).int().repeat(batch)
@@ -136,6 +145,7 @@ def _decode_each(query: Tensor, cache: PagedCache, paged: Step, scale: float) ->
                 lens,
                 scale=scale,
                 alpha=paged.alpha,
+                alibi_slopes=slopes,
                 selector=paged.selector,
                 counters=paged.counters,
                 implementation=paged.implementation,

@@ -1,5 +1,6 @@
 """Differentiable causal 1.5-entmax attention for training, with grouped-query heads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ BLOCK_LONG, BLOCK_SHORT, WARPS = 128, 64, 8
 class EntmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        q, k, v, scale = inputs
+        q, k, v, scale, slopes = inputs
         batch, heads, length, dim = q.shape
         group = heads // k.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -34,6 +35,7 @@ class EntmaxAttention(torch.autograd.Function):
             *k.stride()[:3],
             *v.stride()[:3],
             0.5 * scale,
+            slopes,
             length,
             H=heads,
             G=group,
@@ -42,13 +44,13 @@ class EntmaxAttention(torch.autograd.Function):
             BN=BLOCK_SHORT,
             num_warps=WARPS,
         )
-        ctx.save_for_backward(q, k, v, out2, tau)
+        ctx.save_for_backward(q, k, v, out2, tau, slopes)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out2, tau = ctx.saved_tensors
+        q, k, v, out2, tau, slopes = ctx.saved_tensors
         batch, heads, length, dim = q.shape
         key_heads = k.shape[1]
         grad_out = grad_outputs[0].contiguous()
@@ -61,6 +63,7 @@ class EntmaxAttention(torch.autograd.Function):
             *k.stride()[:3],
             *v.stride()[:3],
             0.5 * ctx.scale,
+            slopes,
             length,
         )
         meta = {"H": heads, "G": heads // key_heads, "D": dim, "num_warps": WARPS}
@@ -71,11 +74,15 @@ class EntmaxAttention(torch.autograd.Function):
         entmax_attention_key_value_gradient_kernel[(batch * key_heads, blocks)](
             q, k, v, grad_out, tau, delta, dk, dv, *shared, BM=BLOCK_SHORT, BN=BLOCK_LONG, **meta
         )
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def entmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    slopes: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Causal attention with 1.5-entmax in place of softmax, differentiable in q, k and v.
 
@@ -85,6 +92,8 @@ def entmax_attention(
             h // (H // K).
         v: values [B, K, T, D] of the same dtype.
         scale: factor on q.k before entmax; 1 / sqrt(D) if None.
+        slopes: of ALiBi, one for each of the H heads; slope * (key position - query position) is
+            added to scores.
 
     Returns:
         [B, H, T, D] in the dtype of q; sums and thresholds are float32 inside.
@@ -99,5 +108,8 @@ def entmax_attention(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} differ")
     if heads % k.shape[1]:
         raise ValueError(f"{k.shape[1]} key heads do not divide {heads} query heads")
+    if slopes is not None and len(slopes) != heads:
+        raise ValueError(f"{len(slopes)} slopes are given for {heads} query heads")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return EntmaxAttention.apply(q, k, v, dim**-0.5 if scale is None else scale)
+    rows = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=q.device)
+    return EntmaxAttention.apply(q, k, v, dim**-0.5 if scale is None else scale, rows)

@@ -30,6 +30,7 @@ def accumulate_query_gradient(
     start,
     stop,
     half_scale,
+    slope,
     T,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -37,7 +38,7 @@ def accumulate_query_gradient(
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k = load_rows(p_k, s_k, o_n, o_d, T)  # [BN, D]
-        b_z = scaled_scores(b_q, b_k, half_scale)  # [BM, BN]
+        b_z = scaled_scores(b_q, b_k, half_scale, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
         if MASKED:
             b_z = tl.where(o_m[:, None] >= o_n[None, :], b_z, -float("inf"))
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
@@ -68,6 +69,7 @@ def entmax_attention_query_gradient_kernel(
     s_vh,
     s_vt,
     half_scale,
+    p_slopes,  # [H] float32, or None
     T,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -85,6 +87,7 @@ def entmax_attention_query_gradient_kernel(
     o_d = tl.arange(0, D)
     m_m = o_m < T
     stop = tl.minimum(i_m + BM, T)
+    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_do = load_rows(p_do + i_bh * T * D, D, o_m, o_d, T)  # [BM, D]
@@ -106,6 +109,7 @@ def entmax_attention_query_gradient_kernel(
         0,
         i_m,
         half_scale,
+        slope,
         T,
         BN,
         MASKED=False,
@@ -125,6 +129,7 @@ def entmax_attention_query_gradient_kernel(
         i_m,
         stop,
         half_scale,
+        slope,
         T,
         BN,
         MASKED=True,
@@ -150,6 +155,7 @@ def accumulate_key_value_gradients(
     start,
     stop,
     half_scale,
+    slope,
     T,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -160,7 +166,7 @@ def accumulate_key_value_gradients(
         m_m = o_m < T
         b_q = load_rows(p_q, s_q, o_m, o_d, T)  # [BM, D]
         b_tau = tl.load(p_tau + o_m, mask=m_m, other=float("inf"))  # [BM]
-        b_z = scaled_scores(b_k, b_q, half_scale)  # [BN, BM]
+        b_z = scaled_scores(b_k, b_q, half_scale, slope, o_n[:, None] - o_m[None, :])  # [BN, BM]
         if MASKED:
             b_z = tl.where(o_m[None, :] >= o_n[:, None], b_z, -float("inf"))
         b_x = tl.maximum(b_z - b_tau[None, :], 0.0)
@@ -194,6 +200,7 @@ def entmax_attention_key_value_gradient_kernel(
     s_vh,
     s_vt,
     half_scale,
+    p_slopes,  # [H] float32, or None
     T,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -217,6 +224,7 @@ def entmax_attention_key_value_gradient_kernel(
     for i_g in range(G):
         i_q = i_h * G + i_g
         i_row = i_b * H + i_q
+        slope = 0.5 * tl.load(p_slopes + i_q) if p_slopes is not None else None
         p_qg = p_q + i_b * s_qb + i_q * s_qh
         p_dog = p_do + i_row * T * D
         p_taug = p_tau + i_row * T
@@ -236,6 +244,7 @@ def entmax_attention_key_value_gradient_kernel(
             i_n,
             stop_masked,
             half_scale,
+            slope,
             T,
             D,
             BM,
@@ -256,6 +265,7 @@ def entmax_attention_key_value_gradient_kernel(
             i_n + BN,
             T,
             half_scale,
+            slope,
             T,
             D,
             BM,

@@ -28,15 +28,16 @@ def load_rows(p_x, s_row, o_row, o_d, T):
 
 
 @triton.jit
-def scaled_scores(b_a, b_b, half_scale):
-    """Scores of every row of b_a against every row of b_b, scaled in float32."""
-    return tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * half_scale
+def scaled_scores(b_a, b_b, half_scale, slope, distance):
+    """Scores, halved, of every row of b_a against every row of b_b; without ALiBi slope is None."""
+    b_z = tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * half_scale
+    return b_z if slope is None else b_z + slope * distance
 
 
 @triton.jit
-def query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, T, MASKED: tl.constexpr):
+def query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED: tl.constexpr):
     b_k = load_rows(p_k, s_k, o_n, o_d, T)  # [BN, D]
-    b_z = scaled_scores(b_q, b_k, half_scale)  # [BM, BN]
+    b_z = scaled_scores(b_q, b_k, half_scale, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
     if MASKED:
         b_z = tl.where(o_m[:, None] >= o_n[None, :], b_z, -float("inf"))
     return b_z
@@ -44,11 +45,23 @@ def query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, T, MASKED: tl.con
 
 @triton.jit
 def accumulate_maximum(
-    b_max, b_q, p_k, s_k, o_m, o_d, start, stop, half_scale, T, BN: tl.constexpr, M: tl.constexpr
+    b_max,
+    b_q,
+    p_k,
+    s_k,
+    o_m,
+    o_d,
+    start,
+    stop,
+    half_scale,
+    slope,
+    T,
+    BN: tl.constexpr,
+    M: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, T, M)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, M)
         b_max = tl.maximum(b_max, tl.max(b_z, axis=1))
     return b_max
 
@@ -66,13 +79,14 @@ def accumulate_moments(
     start,
     stop,
     half_scale,
+    slope,
     T,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, T, MASKED)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED)
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
         b_s1 += tl.sum(b_x, axis=1)
         b_s2 += tl.sum(b_x * b_x, axis=1)
@@ -96,13 +110,14 @@ def accumulate_outputs(
     start,
     stop,
     half_scale,
+    slope,
     T,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, T, MASKED)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED)
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
         if tl.max(b_x) > 0.0:
             b_p = b_x * b_x
@@ -132,6 +147,7 @@ def entmax_attention_forward_kernel(
     s_vh,
     s_vt,
     half_scale,
+    p_slopes,  # [H] float32, or None
     T,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -149,12 +165,15 @@ def entmax_attention_forward_kernel(
     o_m = i_m + tl.arange(0, BM)
     o_d = tl.arange(0, D)
     stop = tl.minimum(i_m + BM, T)
+    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_max = tl.full([BM], -float("inf"), tl.float32)  # [BM]
-    b_max = accumulate_maximum(b_max, b_q, p_k, s_kt, o_m, o_d, 0, i_m, half_scale, T, BN, M=False)
     b_max = accumulate_maximum(
-        b_max, b_q, p_k, s_kt, o_m, o_d, i_m, stop, half_scale, T, BN, M=True
+        b_max, b_q, p_k, s_kt, o_m, o_d, 0, i_m, half_scale, slope, T, BN, M=False
+    )
+    b_max = accumulate_maximum(
+        b_max, b_q, p_k, s_kt, o_m, o_d, i_m, stop, half_scale, slope, T, BN, M=True
     )
 
     b_tau = b_max - 1.0  # [BM]
@@ -164,10 +183,38 @@ def entmax_attention_forward_kernel(
         b_s1 = tl.zeros([BM], tl.float32)
         b_s2 = tl.zeros([BM], tl.float32)
         b_s1, b_s2 = accumulate_moments(
-            b_s1, b_s2, b_tau, b_q, p_k, s_kt, o_m, o_d, 0, i_m, half_scale, T, BN, MASKED=False
+            b_s1,
+            b_s2,
+            b_tau,
+            b_q,
+            p_k,
+            s_kt,
+            o_m,
+            o_d,
+            0,
+            i_m,
+            half_scale,
+            slope,
+            T,
+            BN,
+            MASKED=False,
         )
         b_s1, b_s2 = accumulate_moments(
-            b_s1, b_s2, b_tau, b_q, p_k, s_kt, o_m, o_d, i_m, stop, half_scale, T, BN, MASKED=True
+            b_s1,
+            b_s2,
+            b_tau,
+            b_q,
+            p_k,
+            s_kt,
+            o_m,
+            o_d,
+            i_m,
+            stop,
+            half_scale,
+            slope,
+            T,
+            BN,
+            MASKED=True,
         )
         b_tau += (b_s2 - tl.sqrt(b_s2)) / b_s1
         excess = tl.max(b_s2) - 1.0
@@ -193,6 +240,7 @@ def entmax_attention_forward_kernel(
         0,
         i_m,
         half_scale,
+        slope,
         T,
         BN,
         MASKED=False,
@@ -213,6 +261,7 @@ def entmax_attention_forward_kernel(
         i_m,
         stop,
         half_scale,
+        slope,
         T,
         BN,
         MASKED=True,
