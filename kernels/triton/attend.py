@@ -130,7 +130,7 @@ def store_head(
 
 
 # Bounds whose rows are not aligned have one element per thread in loads, as marks have.
-@triton.jit(do_not_specialize=["page_stride"])
+@triton.jit(do_not_specialize=["page_stride", "rows"])
 def attend_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,

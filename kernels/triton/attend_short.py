@@ -58,7 +58,7 @@ def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, WIDTH: tl.constexp
 
 
 # Unaligned lists have one element per thread in loads, as scattered stores have: no exchange.
-@triton.jit(do_not_specialize=["p_score", "p_near_place", "capacity", "page_stride"])
+@triton.jit(do_not_specialize=["p_score", "p_near_place", "capacity", "page_stride", "rows"])
 def attend_short_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_score, p_maximum, p_near_place, p_near_score, p_near_slot, p_near_count,

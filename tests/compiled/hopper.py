@@ -67,13 +67,20 @@ def empty_cache(statistics: tuple[str, ...], dtype: torch.dtype) -> PagedCache:
     return split_pages(allocate_pages(2, KV_HEADS, layout, dtype, "cpu"), layout)
 
 
-def decode_step(selector: Any, tokens: int, dtype: torch.dtype = torch.bfloat16, **options: Any):
-    query = torch.zeros(1, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+def decode_step(
+    selector: Any,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    batch: int = 1,
+    **options: Any,
+) -> None:
+    query = torch.zeros(batch, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
     decode(
         query,
         empty_cache(selector.statistics, dtype),
-        torch.zeros(1, tokens // PAGE_SIZE, dtype=torch.int32),
-        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(batch, tokens // PAGE_SIZE, dtype=torch.int32),
+        torch.zeros(batch, dtype=torch.int32),
         selector=selector,
         **{
             "scale": SCALE,
@@ -119,6 +126,18 @@ def main() -> None:
     take_steps()
     if compiled:
         sys.exit(f"not compiled ahead: {sorted(compiled)}")
+    with compile_ahead():
+        take_batched_steps(8)
+    compiled.clear()
+    take_batched_steps(7)
+    if compiled:
+        sys.exit(f"compiled once more for 7 sequences after 8: {sorted(compiled)}")
+
+
+def take_batched_steps(batch: int) -> None:
+    exact_rows = torch.zeros(batch, dtype=torch.bool)
+    decode_step(TopK(512), 8192, exact_rows=exact_rows, batch=batch)
+    decode_step(Exact(), 1 << 18, batch=batch)
 
 
 def take_steps() -> None:
