@@ -14,7 +14,7 @@ TRIALS = tl.constexpr(16)
 PASSES = tl.constexpr(11)
 # The width of a bracket, as a share of the distance from the largest score, at which it ends.
 NARROW = tl.constexpr(2e-7)
-# Of a norm near one: by how much rounding can change it.
+# By how much rounding can change a norm, as a share of it.
 ROUNDING = tl.constexpr(2.0**-20)
 
 
@@ -35,11 +35,12 @@ def narrow_bracket(b_mass, b_low, b_high, b_exponent, ORDER: tl.constexpr):
     b_before = tl.sum(tl.where(o_j == b_index[:, None] - 1, b_norm, 0.0), 1)
     b_after = tl.sum(tl.where(o_j == b_index[:, None] + 1, b_norm, 0.0), 1)
     b_trial = b_low + b_index.to(tl.float32) * b_width
-    b_least, b_most = tl.maximum(b_at - ROUNDING, 0.0), tl.maximum(b_at, 0.0) + ROUNDING
-    b_fall = tl.maximum(b_at - b_after - 2.0 * ROUNDING, 1e-30)
+    b_slack = ROUNDING * (b_at + 1.0)
+    b_least, b_most = tl.maximum(b_at - b_slack, 0.0), tl.maximum(b_at, 0.0) + b_slack
+    b_fall = tl.maximum(b_at - b_after - b_slack - ROUNDING * (b_after + 1.0), 1e-30)
     b_chord = b_trial + tl.minimum(b_most / b_fall, 1.0) * b_width
     b_high = tl.where(b_index + 1 < TRIALS, b_chord, b_high)
-    b_fall = tl.maximum(b_before - b_at, 0.0) + 2.0 * ROUNDING
+    b_fall = tl.maximum(b_before - b_at, 0.0) + b_slack + ROUNDING * (b_before + 1.0)
     b_rise = tl.where(b_index > 0, b_least / b_fall, 0.0) * b_width
     # Their sum may not be rounded up: the root may be nearer than that to the bound.
     b_sum = b_trial + b_rise + b_trial * 2.0**-23
