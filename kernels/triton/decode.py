@@ -342,6 +342,9 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }
+    if arguments["MAKE_UP"]:
+        # A multiprocessor holds no fewer of them than of those that never make up for anything.
+        values["maxnreg"] = 128
     whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
