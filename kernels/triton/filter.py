@@ -114,6 +114,7 @@ def filter_kernel(
     allow_next(CHAINED)
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         tl.store(p_state + i_head, DONE)
+        tl.store(p_near_count + i_head * FP + i_f, 0)
         return
     SF: tl.constexpr = SP // FP
     o_f = tl.arange(0, SF * JC)
