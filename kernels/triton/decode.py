@@ -342,9 +342,6 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }
-    if arguments["MAKE_UP"]:
-        # A multiprocessor holds no fewer of them than of those that never make up for anything.
-        values["maxnreg"] = 128
     whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
     if shape.held and whole:
         held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
@@ -362,6 +359,9 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         num_warps=threads // 32,
     )
     block = 512 if shape.max_read > 1 << 18 or warps == 4 else 256
+    if arguments["MAKE_UP"] and warps < 16:
+        # A multiprocessor holds no fewer of them than of those that never make up for anything.
+        values["maxnreg"] = 128
     _chain(attend_kernel, parts, arguments, R=block * warps, **values)
 
 
