@@ -208,7 +208,12 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float)
     length.add_argument("--steps", type=int)
     parser.add_argument("--alpha", type=float, nargs="+", choices=sorted(ATTENTION), default=[1.5])
-    parser.add_argument("--positions", choices=sorted(POSITIONS), default="rotary")
+    parser.add_argument(
+        "--positions",
+        choices=sorted(POSITIONS),
+        default="rotary",
+        help="nape: ALiBi on half of the heads, learned scales of queries on the others",
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=512)

@@ -313,6 +313,13 @@ def test_twins_start_alike_and_are_saved_even_if_training_fails(monkeypatch, tmp
     assert (tmp_path / "alpha-1.5" / "training.json").exists()
 
 
+def test_softmax_is_not_trained_with_nape(monkeypatch, tmp_path):
+    options = ["--out", str(tmp_path), "--steps", "1", "--alpha", "1.0", "1.5"]
+    monkeypatch.setattr(sys, "argv", ["train", *options, "--positions", "nape"])
+    with pytest.raises(SystemExit, match="leave --alpha 1 out"):
+        train.main()
+
+
 @pytest.mark.parametrize("kind", study_selectors.KINDS)
 def test_a_needle_takes_most_of_its_heads_weight(kind):
     head = study_selectors.synthetic(kind, 2048, True, seed=1)

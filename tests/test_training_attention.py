@@ -120,3 +120,9 @@ def test_bfloat16_gradients_are_within_rounding_on_the_gpu() -> None:
 def test_shapes_that_do_not_fit_are_refused(query: tuple[int, ...], key: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         entmax_attention(torch.zeros(query), torch.zeros(key), torch.zeros(key))
+
+
+def test_slopes_must_be_as_many_as_query_heads() -> None:
+    heads = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="1 slopes are given for 2 query heads"):
+        entmax_attention(heads, heads, heads, slopes=[0.5])
