@@ -276,13 +276,13 @@ def main() -> None:
                 rows = study_synthetic(kind, length, needle, arguments.instances)
                 result["synthetic"] += rows
                 print(length, kind, needle, rows[0], flush=True)
-        arguments.out.write_text(json.dumps(result) + "\n")
+        arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     for name, _, file in (entry.partition("=") for entry in arguments.recorded):
         for row in study_recorded(Path(file), arguments.stride):
             result["recorded"].append({"model": name, **row})
             if row["layer"] == "all":
                 print(result["recorded"][-1], flush=True)
-        arguments.out.write_text(json.dumps(result) + "\n")
+        arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
