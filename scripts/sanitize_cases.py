@@ -38,8 +38,8 @@ from entmaxkv_kernels.triton.decode import step_shape
 
 MODULES = (
     *("adaptive", "append", "attend", "attend_short", "collect", "filter", "gaussian"),
-    *("nearest", "pages", "prefill_softmax", "prefill_thresholds", "prefill_values"),
-    *("softmax", "topk"),
+    *("nearest", "nearest_long", "pages", "prefill_softmax", "prefill_thresholds"),
+    *("prefill_values", "softmax", "topk"),
 )
 KV_HEADS, GROUP, PAGE = 1, 4, 16
 EXACT = Exact()
@@ -72,10 +72,10 @@ CASES = {
     "exact by fallback": Case(least=True),
     "top-k": Case(selector=TopK(48)),
     "top-k of a wide table": Case(selector=TopK(48), width=2100),
-    "top-k of a long row": Case(selector=TopK(4800), width=2100, lens=(33000, 0, 33)),
+    "top-k of a long row": Case(selector=TopK(4800), width=4200, lens=(66000, 0, 33)),
     "top-k, certified": Case(selector=TopK(48), certified=True),
     "top-k of a long row, certified": Case(
-        selector=TopK(4800), width=2100, lens=(33000, 0, 33), certified=True
+        selector=TopK(32000), width=4200, lens=(66000, 0, 33), certified=True
     ),
     "top-k by fallback, certified": Case(FP16, selector=TopK(96), least=True, certified=True),
     "top-k, softmax": Case(alpha=1.0, selector=TopK(48)),

@@ -179,8 +179,9 @@ def make_up_row(
         b_all_moment += tl.load(p_t + i_s * (GP * TRIALS) + 1)
     b_rest = newton_step(b_all_mass, b_all_moment, 1.0, b_exponent, ORDER)
 
-    # Heads that are done take no part: nothing lies above their threshold.
+    # Heads that are done take no part: nothing lies above their threshold, and it is a number.
     b_low = tl.where(m_left, b_low, float("inf"))
+    b_rest = tl.where(m_left, b_rest, 0.0)
     for i_s in range(number, shares, together):
         b_support = tl.zeros([GP], tl.int32)
         b_total = tl.zeros([GP], tl.float32)
