@@ -209,7 +209,7 @@ def test_some_thousand_scores_are_exact_wherever_they_are_held(held, spread, alp
     check(scene, alpha=alpha)
 
 
-def test_what_is_left_is_made_up_for_by_many_programs_with_the_same_bits(monkeypatch):
+def test_what_is_left_is_made_up_for_in_several_shares_with_the_same_bits(monkeypatch):
     launches = import_module("entmaxkv_kernels.triton.decode")
     monkeypatch.setattr(launches, "processors", lambda device: 7)
     scene = make_scene([1100, 0, 77], kv_heads=1, dtype=torch.float32, spread=0.05)
