@@ -15,16 +15,16 @@ LOOKS = tl.constexpr(64)
 # What is added to the number of those that have come when it is too late to come.
 CLOSED = tl.constexpr(1 << 20)
 
-WORDS = 4
+WORDS = tl.constexpr(4)
 # How many programs have come, how many of them work together, how often one has come to a meeting,
 # and whether there is any work.
-COME, TOGETHER, MET, WANTED = map(tl.constexpr, range(WORDS))
+COME, TOGETHER, MET, WANTED = map(tl.constexpr, range(WORDS.value))
 
 
 @triton.jit
 def clear_words(p_words):
     """What an earlier launch does."""
-    tl.store(p_words + tl.arange(0, 4), tl.zeros([4], tl.int32))
+    tl.store(p_words + tl.arange(0, WORDS), tl.zeros([WORDS], tl.int32))
 
 
 @triton.jit

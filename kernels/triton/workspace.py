@@ -355,7 +355,7 @@ class Shape:
             "lower": (torch.float32, heads),
             "peak": (torch.float32, heads),
             "state": (torch.int32, heads),
-            "words": (torch.int32, WORDS),
+            "words": (torch.int32, WORDS.value),
             "slot": (torch.int32, rows * self.splits * capacity),
             "score": (torch.float32, lists * capacity),
             "near_score": (torch.float32, heads * self.filter_parts * self.near),

@@ -36,7 +36,7 @@ def sum_kernel(p_words, p_part, p_sum, p_done, SHARES: tl.constexpr, MOST: tl.co
 @pytest.mark.parametrize("programs", [1, 3, 131, 5001 if DEVICE == "cuda" else 257])
 @pytest.mark.parametrize("shares", [1, 128])
 def test_every_share_is_done_before_anyone_adds_them_up(programs, shares):
-    words = torch.full((WORDS,), -7, dtype=torch.int32, device=DEVICE)
+    words = torch.full((WORDS.value,), -7, dtype=torch.int32, device=DEVICE)
     done = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     squares = sum(i * i for i in range(shares))
     for _ in range(3):
