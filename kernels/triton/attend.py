@@ -87,16 +87,15 @@ def load_values(p_value, b_slot, b_weight, o_d, s_page, D: tl.constexpr, P: tl.c
 
 @triton.jit
 def sum_values(
-    p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit, tau, b,
+    p_value, p_near_score, p_near_slot, b_w, b_v, b_count, o_f, o_j, o_d, longest, limit, tau, b,
     s_page, D: tl.constexpr, P: tl.constexpr, JV: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum of the values of packed candidates [DS], sum of the weights, and how many there
     are.
 
-    b_z, b_slot: the first JV candidates of each list, with which the ones after are loaded.
+    b_w, b_v: weights [BV] and values [BV, DS] of the first JV candidates of each list, which are
+    under way.
     """
-    b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
-    b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
     b_z = load_near(p_near_score, b_count, o_f, o_j + JV, limit, -float("inf"))
     b_slot = load_near(p_near_slot, b_count, o_f, o_j + JV, limit, 0)
     b_acc = tl.zeros(b_v.shape, tl.float32)
@@ -135,7 +134,7 @@ def attend_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
     p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-    p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    p_scales, p_bound, p_span, p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
     s_scale_head, s_certificate,
@@ -175,7 +174,7 @@ def attend_kernel(
                 p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
                 p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
                 p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-                p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
+                p_scales, p_bound, p_span, p_rounding, p_unread_mass, s_query_b,
                 s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
                 limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
                 s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
@@ -201,8 +200,8 @@ def attend_kernel(
     if CERTIFY > 0:
         i_row = i_b * HKV + i_h
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound, b_unread = load_unread(
-            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+        unread, rounding, b_bound = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b,
             i_h, i_row, i_head, i_d, n, ranked, s_block_table, page_stride, s_scale_page,
             s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
@@ -210,14 +209,16 @@ def attend_kernel(
         tl.debug_barrier()
     lower = tl.load(p_lower + i_head)
     tau = solve_near(p_near_score, p_near_count, longest, lower, limit, b, FP, R, ORDER)
+    b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
+    b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
     if CERTIFY > 0:
         bound, complete = sum_unread(
-            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row, i_head,
+            p_bound, p_unread_mass, unread, rounding, b_bound, i_head,
             i_d, ranked, tau, peak, b, page_stride, P, BC, DS, CERTIFY, ORDER, False,
         )  # fmt: skip
 
     b_acc, total, support = sum_values(
-        p_value, p_near_score, p_near_slot, b_z, b_slot, b_count, o_f, o_j, o_d, longest, limit,
+        p_value, p_near_score, p_near_slot, b_w, b_v, b_count, o_f, o_j, o_d, longest, limit,
         tau, b, s_page, D, P, BV // FP, ORDER,
     )  # fmt: skip
     if CERTIFY > 0:

@@ -6,10 +6,10 @@
 import triton
 import triton.language as tl
 
-from .attend import load_near, solve_held, store_head, sum_values
+from .attend import load_near, load_values, solve_held, store_head, sum_values
 from .certificate import load_unread, store_certificate, sum_unread
 from .counters import count_step
-from .entmax import head_parameters, newton_step, sum_moments
+from .entmax import head_parameters, newton_step, sum_moments, weigh_scores
 from .fallback import any_of, make_up
 from .filter import above, place_above
 from .pages import ranked_pages
@@ -63,7 +63,7 @@ def attend_short_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_score, p_maximum, p_near_place, p_near_score, p_near_slot, p_near_count,
     p_state, p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-    p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    p_scales, p_bound, p_span, p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     capacity, limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
     s_scale_page, s_scale_head, s_certificate,
@@ -103,7 +103,7 @@ def attend_short_kernel(
             p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
             p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
             p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-            p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass, s_query_b,
+            p_scales, p_bound, p_span, p_rounding, p_unread_mass, s_query_b,
             s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
             limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
             s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
@@ -135,8 +135,8 @@ def attend_short_kernel(
         b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound, b_unread = load_unread(
-            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+        unread, rounding, b_bound = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b,
             i_h, i_b * HKV + i_h, i_head, i_d, n, ranked, s_block_table, page_stride, s_scale_page,
             s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
@@ -186,23 +186,22 @@ def attend_short_kernel(
             b_all = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32) * P + o_r % P
             tau = solve_held(b_z, lower, b, ORDER)
             kept = pack_support(b_z, b_all, tau, p_near_score, p_near_slot, WIDTH)
-    if CERTIFY > 0:
-        # What this asks of others comes meanwhile, too.
-        bound, complete = sum_unread(
-            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread,
-            i_b * HKV + i_h, i_head, i_d, ranked, tau, peak, b, page_stride, P, BC, DS, CERTIFY,
-            ORDER, False,
-        )  # fmt: skip
-
     # The program's other threads wrote some of what is read.
     tl.debug_barrier()
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)
     o_f = o_v * 0
     b_first = load_near(p_near_score, kept, o_f, o_v, limit, -float("inf"))
     b_first_slot = load_near(p_near_slot, kept, o_f, o_v, limit, 0)
+    b_w = weigh_scores(b_first, tau, b, ORDER)  # [BV]
+    b_v = load_values(p_value, b_first_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
+    if CERTIFY > 0:
+        bound, complete = sum_unread(
+            p_bound, p_unread_mass, unread, rounding, b_bound, i_head, i_d, ranked, tau, peak, b,
+            page_stride, P, BC, DS, CERTIFY, ORDER, False,
+        )  # fmt: skip
     b_acc, total, support = sum_values(
-        p_value, p_near_score, p_near_slot, b_first, b_first_slot, kept, o_f, o_v, o_d, kept, limit,
-        tau, b, s_page, D, P, BV, ORDER,
+        p_value, p_near_score, p_near_slot, b_w, b_v, kept, o_f, o_v, o_d, kept, limit, tau, b,
+        s_page, D, P, BV, ORDER,
     )  # fmt: skip
     if CERTIFY > 0:
         store_certificate(

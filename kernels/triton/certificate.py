@@ -1,7 +1,7 @@
 """What a sparse step can say of the pages that it left out; see `reference/certificate.py`.
 
-box writes an upper bound of the scores of every page for every head; who lists the pages to read
-says which ones are left out; who solves the threshold of a head weighs the bounds of those.
+box writes an upper bound of the scores of every page for every head; who reads a page takes its
+bounds away; who solves the threshold of a head weighs those that are left.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -32,10 +32,15 @@ UNITS = tl.constexpr(2.0**40)
 
 
 @triton.jit
-def mark_unread(p_unread, i_row, o_page, m_read, ranked, page_stride):
-    """Says of the ranked pages among o_page whether they are left out: 1, or 0."""
-    p_u = p_unread + i_row.to(tl.int64) * page_stride
-    tl.store(p_u + o_page, tl.where(m_read, 0, 1).to(tl.int8), mask=o_page < ranked)
+def take_bounds(
+    p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Takes away the bounds that the heads o_g of a group have of the pages of a tile of tokens:
+    of numbers b_logical [BN] in a sequence of n tokens; o_n are the tokens' places in the tile."""
+    p_b = p_bound + (i_row * G + o_g)[None, :].to(tl.int64) * page_stride + b_logical[:, None]
+    m_first = (o_n % P == 0) & (b_logical * P < n)
+    m_bound = m_first[:, None] & (o_g < G)[None, :]
+    tl.store(p_b, tl.full(m_bound.shape, -float("inf"), tl.float32), mask=m_bound)
 
 
 @triton.jit
@@ -59,17 +64,15 @@ def load_rounding(
 
 
 @triton.jit
-def load_bounds(p_bound, p_unread, i_row, i_head, o_page, ranked, page_stride):
-    """Bounds of a head's pages, and which of them are unread."""
+def load_bounds(p_bound, i_head, o_page, ranked, page_stride):
+    """Bounds of a head's pages, -inf of those that were read."""
     p_b = p_bound + i_head.to(tl.int64) * page_stride
-    p_u = p_unread + i_row.to(tl.int64) * page_stride
-    b_bound = tl.load(p_b + o_page, mask=o_page < ranked, other=0.0)
-    return b_bound, tl.load(p_u + o_page, mask=o_page < ranked, other=0)
+    return tl.load(p_b + o_page, mask=o_page < ranked, other=-float("inf"))
 
 
 @triton.jit
 def load_unread(
-    p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b, i_h, i_row,
+    p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b, i_h, i_row,
     i_head, i_c, n, ranked, s_block_table, page_stride, s_scale_page, s_scale_head,
     P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
     CERTIFY: tl.constexpr,
@@ -78,25 +81,23 @@ def load_unread(
     them, else what rounding can do, and bounds of the first BC pages of part i_c."""
     unread = tl.full([], 0, tl.int32)
     rounding = tl.full([], 0.0, tl.float32)
-    b_bound, b_unread = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.int8)
+    b_bound = tl.zeros([BC], tl.float32)
     if CERTIFY == BOUNDED:
         o_page = i_c * BC + tl.arange(0, BC)
-        b_bound, b_unread = load_bounds(
-            p_bound, p_unread, i_row, i_head, o_page, ranked, page_stride
-        )
+        b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
         rounding = load_rounding(
             p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, i_head, i_head >= 0,
             ranked, s_block_table, s_scale_page, s_scale_head, PS, PSP,
         )  # fmt: skip
     elif LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
-    return unread, rounding, b_bound, b_unread
+    return unread, rounding, b_bound
 
 
 @triton.jit
-def weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER: tl.constexpr, SOFTMAX: tl.constexpr):
+def weigh_bounds(b_bound, raised, tau, b, ORDER: tl.constexpr, SOFTMAX: tl.constexpr):
     """What a token of each unread page weighs at most: more than 0 if it can weigh anything."""
-    b_z = tl.where(b_unread != 0, b_bound + raised, -float("inf"))
+    b_z = tl.where(b_bound == -float("inf"), b_bound, b_bound + raised)
     b_w = tl.exp(b_z - tau) if SOFTMAX else weigh_scores(b_z, tau, b, ORDER)
     b_w = tl.maximum(b_w, TINY, propagate_nan=tl.PropagateNan.ALL)
     # Not "greater": a bound that is no number allows anything.
@@ -105,8 +106,8 @@ def weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER: tl.constexpr, SOFTMAX
 
 @triton.jit
 def sum_unread(
-    p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row, i_head, i_c,
-    ranked, tau, peak, b, page_stride,
+    p_bound, p_unread_mass, unread, rounding, b_bound, i_head, i_c, ranked, tau, peak, b,
+    page_stride,
     P: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr, ORDER: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):  # fmt: skip
@@ -121,12 +122,11 @@ def sum_unread(
     complete = tl.full([], 0, tl.int32) + i_c == 0
     if CERTIFY == BOUNDED:
         raised = rounding + TAU_ROUNDING * (1.0 + tl.abs(tau + peak)) - peak
-        b_mass = weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER, SOFTMAX)
+        b_mass = weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX)
         for i_p in range((i_c + C) * BC, ranked, C * BC):
-            b_bound, b_unread = load_bounds(
-                p_bound, p_unread, i_row, i_head, i_p + tl.arange(0, BC), ranked, page_stride
-            )
-            b_mass += weigh_bounds(b_bound, b_unread, raised, tau, b, ORDER, SOFTMAX)
+            o_page = i_p + tl.arange(0, BC)
+            b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
+            b_mass += weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX)
         # More than the rounding of the weights, whose powers are good to less digits, and of their
         # sum.
         mass = tl.sum(b_mass, 0) * (P * (1.0 + (16.0 + b) * 2.0**-16))

@@ -12,6 +12,7 @@ no token of the support is missing from the list.
 import triton
 import triton.language as tl
 
+from .certificate import BOUNDED, take_bounds
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .nearest import list_own
 from .scores import (
@@ -129,7 +130,7 @@ def guess_kernel(
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_exact_rows, p_reach, p_page_extreme, p_unread, p_counters, p_words,
+    p_exact_rows, p_reach, p_page_extreme, p_bound, p_counters, p_words,
     s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
@@ -166,9 +167,9 @@ def collect_kernel(
     if CHOOSING:
         list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-            p_listed_count, p_unread, p_counters, i_b, i_h, i_row, i_s, s_block_table,
+            p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table,
             list_stride, page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, PS, PSP,
-            EXACT_ROWS, CERTIFY, COUNT, CHAINED,
+            EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)
@@ -219,6 +220,8 @@ def collect_kernel(
             b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
         )  # [BN, GP]
         b_maximum = tl.maximum(b_maximum, b_z)
+        if CERTIFY == BOUNDED:
+            take_bounds(p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G, P)
         if filtered == 0:
             p_z = p_score + o_list[None, :] + (count + o_n)[:, None]
             m_z = m_g[None, :]

@@ -41,9 +41,7 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 )
 """What the kernels are given of a choice of pages where there is none."""
 
-NO_BOUNDS: dict[str, Any] = dict.fromkeys(
-    ("p_bound", "p_unread", "p_span", "p_rounding", "p_unread_mass")
-)
+NO_BOUNDS: dict[str, Any] = dict.fromkeys(("p_bound", "p_span", "p_rounding", "p_unread_mass"))
 """What they are given of bounds where nothing is certified by any."""
 
 
@@ -240,11 +238,13 @@ def _list_pages(
         "STAGES": 2,
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
+    # One more says what rounding can do.
+    boxes = (shape.page_splits + int(arguments["ROUNDED"]), *rows[1:])
     tiles = (shape.list_tiles, *rows[1:])
     # Registers of which there are enough for four programs on a multiprocessor.
     most = {"maxnreg": 128} if shape.certified else {}
     if isinstance(selector, TopK):
-        _chain(box_kernel, rows, arguments, **most)
+        _chain(box_kernel, boxes, arguments, **most)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             if not shape.most_candidates:
@@ -253,7 +253,7 @@ def _list_pages(
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
     elif isinstance(selector, Adaptive | Exact):
         bounded = {"CERTIFY": BOUNDED.value if shape.certified else 0}
-        _chain(box_kernel, rows, arguments | bounded, **most)
+        _chain(box_kernel, boxes, arguments | bounded, **most)
         _list_reaching(shape, cache, selector, arguments)
     else:
         normal, root = NormalDist(), 1 / shape.page_size

@@ -82,7 +82,7 @@ def left_heads(
 def make_up_row(
     p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out,
-    p_counters, p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding, p_unread_mass,
+    p_counters, p_certificate, p_scales, p_bound, p_span, p_rounding, p_unread_mass,
     m_left, number, together, meetings, i_b, i_h, i_row, n, first, entries,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
@@ -229,16 +229,15 @@ def make_up_row(
                 peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
                 b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
                 _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-                unread, rounding, b_bound, b_unread = load_unread(
-                    p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span,
+                unread, rounding, b_bound = load_unread(
+                    p_listed_count, p_block_table, p_scales, p_bound, p_span,
                     p_rounding, i_b, i_h, i_row, i_row * G + i_g, 0, n, ranked,
                     s_block_table, page_stride, s_scale_page, s_scale_head, P, PS, PSP,
                     BC, LISTED, CERTIFY,
                 )  # fmt: skip
                 bound, complete = sum_unread(
-                    p_bound, p_unread, p_unread_mass, unread, rounding, b_bound,
-                    b_unread, i_row, i_row * G + i_g, 0, ranked, tau, peak, b,
-                    page_stride, P, BC, 1, CERTIFY, ORDER, False,
+                    p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_g, 0, ranked,
+                    tau, peak, b, page_stride, P, BC, 1, CERTIFY, ORDER, False,
                 )  # fmt: skip
                 store_certificate(
                     p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
@@ -252,7 +251,7 @@ def make_up_row(
 def make_up(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words, p_trial_mass, p_partial, p_total,
-    p_support, p_out, p_counters, p_certificate, p_scales, p_bound, p_unread, p_span, p_rounding,
+    p_support, p_out, p_counters, p_certificate, p_scales, p_bound, p_span, p_rounding,
     p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
@@ -289,7 +288,7 @@ def make_up(
                     p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens,
                     p_exact_rows, p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial,
                     p_total, p_support, p_out, p_counters, p_certificate, p_scales, p_bound,
-                    p_unread, p_span, p_rounding, p_unread_mass, m_left, number, together, meetings,
+                    p_span, p_rounding, p_unread_mass, m_left, number, together, meetings,
                     i_b, i_h, i_row, n, first, entries, s_query_b, s_query_h, s_out_b, s_out_h,
                     s_page, s_head, s_block_table, list_stride, window, exact_below, scale, factor,
                     exponent, value_scale, page_stride, s_scale_page, s_scale_head, s_certificate,

@@ -10,7 +10,6 @@ seen at run time, where block tables have room for long ones.
 import triton
 import triton.language as tl
 
-from .certificate import mark_unread
 from .entmax import sum_pairs
 from .pages import NEVER, WARP, count_read, list_last, places, ranked_pages, store_pages
 from .scores import allow_next, await_previous
@@ -135,10 +134,10 @@ def place_nearest(
 
 @triton.jit
 def list_few(
-    p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages, list_stride,
+    p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages, list_stride,
     page_stride, budget,
     G: tl.constexpr, GW: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists those pages of a row of at most BL but the last one that
     are chosen and that split i_s reads: the `budget` nearest, of pages as near the earlier; all
@@ -159,18 +158,16 @@ def list_few(
         b_place, _, _ = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
     m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
-    if CERTIFY and i_s == 0:
-        mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
 
 
 @triton.jit
 def list_own(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-    p_listed_count, p_unread, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
+    p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
     page_stride, exact_below, budget,
     G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr,
     BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row, of at most BL pages, that
     split i_s reads, in their order: of S splits every S-th PAGES.
@@ -186,13 +183,13 @@ def list_own(
     FEW: tl.constexpr = max(BL // 8, WARP)
     if pages <= FEW:
         list_few(
-            p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages,
-            list_stride, page_stride, budget, G, GW, PAGES, S, FEW, PS, PSP, CERTIFY, CHAINED,
+            p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages,
+            list_stride, page_stride, budget, G, GW, PAGES, S, FEW, PS, PSP, CHAINED,
         )  # fmt: skip
     else:
         list_few(
-            p_table, p_reach, p_page_extreme, p_list, p_unread, i_row, i_s, ranked, pages,
-            list_stride, page_stride, budget, G, GW, PAGES, S, BL, PS, PSP, CERTIFY, CHAINED,
+            p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages,
+            list_stride, page_stride, budget, G, GW, PAGES, S, BL, PS, PSP, CHAINED,
         )  # fmt: skip
     chosen = tl.minimum(budget, ranked)
     if chosen // PAGES % S == i_s:
@@ -207,18 +204,18 @@ def list_own(
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def choose_kernel(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed, p_listed_count,
-    p_unread, p_counters,
+    p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one short row in their order."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     list_own(
         p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-        p_listed_count, p_unread, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table,
+        p_listed_count, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table,
         list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, BL, PS, PSP, EXACT_ROWS,
-        CERTIFY, COUNT, CHAINED,
+        COUNT, CHAINED,
     )  # fmt: skip
     allow_next(CHAINED)

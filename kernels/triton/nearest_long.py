@@ -13,7 +13,6 @@ the chosen ones, each of its own tile.
 import triton
 import triton.language as tl
 
-from .certificate import mark_unread
 from .nearest import (
     STEPS,
     find,
@@ -86,9 +85,9 @@ def bracket(b_distance, within, lower, upper, slack):
 
 @triton.jit
 def list_by_distances(
-    p_block_table, p_distance, p_list, p_unread, i_b, i_row, ranked, s_block_table, list_stride,
+    p_block_table, p_distance, p_list, i_b, i_row, ranked, s_block_table, list_stride,
     page_stride, budget,
-    BL: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
+    BL: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one long row by the distances of all."""
     p_d = p_distance + i_row.to(tl.int64) * page_stride
@@ -104,8 +103,6 @@ def list_by_distances(
             b_distance, found, budget - nearer, before, tied_before, BL, CHAINED
         )
         store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
-        if CERTIFY:
-            mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
 
 
 @triton.jit
@@ -136,10 +133,9 @@ def load_candidates(
 
 @triton.jit
 def list_candidates(
-    p_block_table, p_distance, p_tile_count, p_candidates, p_list, p_unread, i_b, i_row, low, high,
+    p_block_table, p_distance, p_tile_count, p_candidates, p_list, i_b, i_row, low, high,
     ranked, s_block_table, list_stride, page_stride, budget,
-    BL: tl.constexpr, NT: tl.constexpr, BF: tl.constexpr, CERTIFY: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BL: tl.constexpr, NT: tl.constexpr, BF: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one long row among its candidates, which lie nearer than `high`.
 
@@ -152,15 +148,10 @@ def list_candidates(
         found, nearer = find(b_distance, low, high, certain, total, budget, 0)
         b_place, _, _ = place_nearest(b_distance, found, budget - nearer, 0, 0, BF, CHAINED)
         store_pages(p_list, b_place, b_page, b_logical, b_place < NEVER, list_stride)
-        if CERTIFY:
-            # The others are marked already.
-            p_u = p_unread + i_row.to(tl.int64) * page_stride + b_logical
-            m_candidate = tl.arange(0, BF) < total
-            tl.store(p_u, tl.where(b_place < NEVER, 0, 1).to(tl.int8), mask=m_candidate)
     else:
         list_by_distances(
-            p_block_table, p_distance, p_list, p_unread, i_b, i_row, ranked, s_block_table,
-            list_stride, page_stride, budget, BL, CERTIFY, CHAINED,
+            p_block_table, p_distance, p_list, i_b, i_row, ranked, s_block_table,
+            list_stride, page_stride, budget, BL, CHAINED,
         )  # fmt: skip
 
 
@@ -168,11 +159,11 @@ def list_candidates(
 def distance_kernel(
     p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_page_sample,
     p_distance, p_tile_count, p_bracket, p_members, p_member_count, p_listed, p_listed_count,
-    p_unread, p_counters, p_candidates,
+    p_counters, p_candidates,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
     NT: tl.constexpr, BM: tl.constexpr, ALONE: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    STEP: tl.constexpr, BF: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    STEP: tl.constexpr, BF: tl.constexpr, EXACT_ROWS: tl.constexpr,
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The distances of one tile of a long row's pages. A sample tells between which distances the
@@ -195,9 +186,9 @@ def distance_kernel(
     if short & (i_t == 0):
         list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
-            p_listed_count, p_unread, p_counters, i_b, i_h, i_row, 0, s_block_table,
+            p_listed_count, p_counters, i_b, i_h, i_row, 0, s_block_table,
             list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, PS, PSP,
-            EXACT_ROWS, CERTIFY, COUNT, CHAINED,
+            EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     else:
         await_previous(CHAINED)
@@ -245,16 +236,14 @@ def distance_kernel(
         tl.store(p_c, b_distance, mask=m_candidate)
         tl.store(p_c + page_stride, o_page, mask=m_candidate)
         tl.store(p_c + 2 * page_stride, b_page, mask=m_candidate)
-        if CERTIFY:
-            mark_unread(p_unread, i_row, o_page, m_candidate, ranked, page_stride)
         # All that the program has stored is seen by the one that comes last.
         tl.debug_barrier()
         come = tl.atomic_add(p_member_count + i_row, 1, sem="acq_rel")
         if (come + 1) * BL >= ranked:
             list_candidates(
-                p_block_table, p_distance, p_tile_count, p_candidates, p_list, p_unread, i_b, i_row,
+                p_block_table, p_distance, p_tile_count, p_candidates, p_list, i_b, i_row,
                 low, high, ranked, s_block_table, list_stride, page_stride, budget, BL, NT, BF,
-                CERTIFY, CHAINED,
+                CHAINED,
             )  # fmt: skip
     else:
         # Of many pages only those about the last one are collected.
@@ -275,10 +264,10 @@ def distance_kernel(
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def list_nearest_kernel(
     p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_bracket, p_members,
-    p_member_count, p_listed, p_listed_count, p_unread, p_counters,
+    p_member_count, p_listed, p_listed_count, p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, BM: tl.constexpr,
-    ALONE: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    ALONE: tl.constexpr, EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one tile of a long row, and with the first tile the last page.
@@ -330,8 +319,6 @@ def list_nearest_kernel(
     elif ranked > 0:
         b_place = tl.full([BL], NEVER, tl.int32)
     store_pages(p_list, b_place, b_page, o_page, b_place < NEVER, list_stride)
-    if CERTIFY:
-        mark_unread(p_unread, i_row, o_page, b_place < NEVER, ranked, page_stride)
     if i_t == 0:
         list_rest(
             p_list, last_page, p_listed_count, p_counters, i_row, i_h, tl.minimum(budget, ranked),

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from ..report import Counter
-from .certificate import BOUNDED, mark_unread
 from .scores import allow_next, await_previous
 
 SPARSE_STEPS = tl.constexpr(int(Counter.SPARSE_STEPS))
@@ -131,10 +130,10 @@ def store_pages(p_list, b_place, b_page, o_page, m_place, list_stride):
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])
 def list_kernel(
     p_seq_lens, p_exact_rows, p_block_table, p_distance, p_tile_count, p_listed, p_listed_count,
-    p_unread, p_counters,
+    p_counters,
     s_block_table, list_stride, page_stride, exact_below,
     HKV: tl.constexpr, P: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the pages of distance 0 of one tile of BL pages, which `p_tile_count` [rows, NT] counts
     for each tile, and with the first tile the last page."""
@@ -161,8 +160,6 @@ def list_kernel(
     elif ranked > 0:
         m_place = o_page < 0
     store_pages(p_list, b_place, b_page, o_page, m_place, list_stride)
-    if CERTIFY == BOUNDED:
-        mark_unread(p_unread, i_row, o_page, m_place, ranked, page_stride)
     if i_t == 0:
         list_rest(
             p_list, last_page, p_listed_count, p_counters, i_row, i_h, chosen, ranked, pages,

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .certificate import load_unread, store_certificate, sum_unread
+from .certificate import BOUNDED, load_unread, store_certificate, sum_unread, take_bounds
 from .counters import SUPPORT, count_step
 from .pages import ranked_pages
 from .scores import load_pages, load_queries, load_rows, page_source, score_rows
@@ -16,12 +16,12 @@ from .values import weighted_columns
 @triton.jit
 def softmax_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha,
-    p_slopes, p_maximum, p_partial, p_total, p_support,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, window, scale,
+    p_slopes, p_maximum, p_partial, p_total, p_support, p_bound,
+    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, page_stride, window, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    CERTIFY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Weighted values, their weights' sum and the largest score of one split, and how many keys
     it has."""
@@ -64,6 +64,8 @@ def softmax_kernel(
         b_z = score_rows(
             b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
         )  # [BN, GP]
+        if CERTIFY == BOUNDED:
+            take_bounds(p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G, P)
         b_raised = tl.maximum(b_maximum, tl.max(b_z, 0))
         b_weight = tl.exp(b_z - b_raised[None, :])
         b_shrink = tl.exp(b_maximum - b_raised)
@@ -91,7 +93,7 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    p_block_table, p_exact_rows, p_listed_count, p_certificate, p_scales, p_bound, p_unread,
+    p_block_table, p_exact_rows, p_listed_count, p_certificate, p_scales, p_bound,
     p_span, p_rounding, p_unread_mass,
     s_out_b, s_out_h, s_block_table, window, exact_below, value_scale, page_stride, s_scale_page,
     s_scale_head, s_certificate,
@@ -129,15 +131,14 @@ def softmax_combine_kernel(
             tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound, b_unread = load_unread(
-            p_listed_count, p_block_table, p_scales, p_bound, p_unread, p_span, p_rounding, i_b,
+        unread, rounding, b_bound = load_unread(
+            p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b,
             i_hq // G, i_row, i_row * G + i_hq % G, 0, n, ranked, s_block_table, page_stride,
             s_scale_page, s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         bound, complete = sum_unread(
-            p_bound, p_unread, p_unread_mass, unread, rounding, b_bound, b_unread, i_row,
-            i_row * G + i_hq % G, 0, ranked, tl.log(total), peak, 1.0, page_stride, P, BC, 1,
-            CERTIFY, 1, True,
+            p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_hq % G, 0, ranked,
+            tl.log(total), peak, 1.0, page_stride, P, BC, 1, CERTIFY, 1, True,
         )  # fmt: skip
         store_certificate(
             p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT

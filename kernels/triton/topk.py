@@ -91,8 +91,8 @@ def box_kernel(
 
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
-    ROUNDED: also how much that can be, for each head p_rounding, and the largest sum of the two
-    scales of a page of a split, p_span [rows, PS].
+    ROUNDED: also how much that can be, for each head p_rounding, by a program of its own after the
+    splits, and the largest sum of the two scales of a page of a split, p_span [rows, PS].
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -108,6 +108,11 @@ def box_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
+    if ROUNDED and i_s == PS:
+        store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
+        if CERTIFY:
+            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
+        return
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
     p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
@@ -117,12 +122,8 @@ def box_kernel(
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
     if ROUNDED:
         b_span = tl.zeros([BP], tl.float32)
-        if i_s == 0:
-            store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
     if CERTIFY:
         p_b = p_bound + i_row.to(tl.int64) * (G * page_stride)
-        if i_s == 0:
-            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
     for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
         o_page = i_p + o_p
         b_page = b_next
@@ -162,9 +163,10 @@ def box_kernel(
             p_s = p_page_sample + o_sample[:, None] * GW + o_g[None, :]
             tl.store(p_s, b_reach, mask=m_sample)
     allow_next(CHAINED and not OVERLAPPED)
-    p_e = p_page_extreme + ((i_row * PS + i_s) * GW + o_g) * 2
-    tl.store(p_e, tl.max(b_maximum, 0), mask=m_g)
-    tl.store(p_e + 1, -tl.min(b_minimum, 0), mask=m_g)
+    # Both go through the block's one exchange.
+    b_extreme = tl.max(tl.join(b_maximum, -b_minimum), 0)  # [GP, 2]
+    o_e = o_g[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(p_page_extreme + (i_row * PS + i_s) * (2 * GW) + o_e, b_extreme, mask=m_g[:, None])
     if ROUNDED:
         tl.store(p_span + i_row * PS + i_s, tl.max(b_span, 0))
     await_if(i_s + i_h + i_b == 0, CHAINED)

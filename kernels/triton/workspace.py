@@ -404,7 +404,6 @@ class Shape:
         if self.certified:
             fields |= {
                 "bound": (torch.float32, heads * self.page_stride),
-                "unread": (torch.int8, rows * self.page_stride),
                 "unread_mass": (torch.int64, heads),
             }
         if self.selector == "gaussian":

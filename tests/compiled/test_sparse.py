@@ -211,7 +211,7 @@ def test_a_sample_that_misleads_is_made_up_for(nearer, long_rows):
 
 def test_each_row_of_a_wide_table_has_its_own_rule(long_rows, monkeypatch):
     """Few pages, many of them ranked, read whole for their number or because they are flagged, and
-    a budget of more than there are; what is left out is marked for the certificate."""
+    a budget of more than there are; what is left out has its bounds for the certificate."""
     monkeypatch.setattr(workspace.Shape, "list_tile", 64)
     lengths = [3000, 300, 1030, 1100, 1041, 0]
     exact_rows = torch.tensor([False, False, False, True, False, False])
@@ -226,9 +226,10 @@ def test_each_row_of_a_wide_table_has_its_own_rule(long_rows, monkeypatch):
         assert pages.sum(-1).flatten().tolist() == read
         assert torch.equal(step.counters[MATCHED], counters[MATCHED])
         assert step.counters[Counter.PAGES_READ] == pages.sum()
-        unread = step.scratch("unread").view(len(lengths), -1)
+        bound = step.scratch("bound").view(len(lengths), 2, -1)
         for b, ranked in ((0, 187), (4, 65)):
-            assert torch.equal(unread[b, :ranked] == 1, ~pages[b, 0, :ranked])
+            unread = ~pages[b, 0, :ranked]
+            assert torch.equal(bound[b, :, :ranked] > -torch.inf, unread.expand(2, -1))
 
 
 @pytest.mark.parametrize("budget, pages", [(0, 1), (15, 1), (48, 4), (10**6, 32)])
