@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .entmax import longest_step, newton_step
-from .prefill_guess import guess_thresholds
+from .prefill_guess import guess_step, guess_thresholds
 from .prefill_lists import (
     keep_flagged,
     listed_rows,
@@ -27,9 +27,11 @@ from .prefill_lists import (
     next_rows,
 )
 from .prefill_rough import (
+    BACK,
     LEAST,
     bound_step,
     bound_step_down,
+    likely_step,
     rough_moments,
     scaled_rows,
     sum_bounds,
@@ -91,10 +93,10 @@ def guess_tile(
         b_z = recent_scores(rows, b_base, p_key, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
     # No finite bound and no visible key make NaN of their difference.
     b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-    b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+    b_mass, b_power, _, _ = moments(rows, b_z, b_tau, None, ORDER)
     for _ in tl.static_range(RECENT_STEPS):
         b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-        b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+        b_mass, b_power, _, _ = moments(rows, b_z, b_tau, None, ORDER)
     b_bound, b_tau = guess_thresholds(
         rows, b_base, p_key, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
         first, tl.maximum(last - BN, first), s_page, D, DP, P, BN,
@@ -143,7 +145,7 @@ def add_all(
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, b_count, count,
+    rows, b_base, p_key, lists, p_words, b_tau, b_margin, b_mass, b_power, b_count, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +159,9 @@ def add_listed(
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(
+            rows, b_z, b_tau, b_margin, ORDER
+        )
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -167,7 +171,7 @@ def add_listed(
 
 @triton.jit
 def add_masked(
-    rows, b_base, p_key, p_table, edges, b_tau, b_zero, s_page,
+    rows, b_base, p_key, p_table, edges, b_tau, b_margin, b_zero, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +182,7 @@ def add_masked(
         b_z, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
-        b_tile_mass, b_tile_power, b_tile_count, _ = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, _ = moments(rows, b_z, b_tau, b_margin, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -197,7 +201,7 @@ def read_all(
         s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
     )  # fmt: skip
     b_mass, b_power, _ = add_masked(
-        rows, b_base, p_key, p_table, edges, b_tau, b_zero,
+        rows, b_base, p_key, p_table, edges, b_tau, None, b_zero,
         s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
     )  # fmt: skip
     return b_row_mass + tl.sum(b_mass, 1), b_row_power + tl.sum(b_power, 1)
@@ -292,24 +296,33 @@ def prefill_thresholds_kernel(
                     b_bound = tl.where(m_wrong, tl.maximum(b_tau + b_step, b_bound), b_tau)
                     b_tau = b_bound
             b_least, b_most = sum_bounds(rows, b_row_mass, b_row_power, keys, BN, ORDER)
-            b_tau += bound_step(b_least, b_most, b_exponent, ORDER)
+            b_likely, b_margin = likely_step(rows, m_row, b_row_mass, b_row_power, ORDER)
+            b_tau += tl.maximum(bound_step(b_least, b_most, b_exponent, ORDER), b_likely)
+            # Such that their difference is exact.
+            b_margin = tl.where(m_row, b_tau - (b_tau - b_margin), 0.0)
             kept = keep_flagged(lists, p_word, p_table, start, units, s_page, each, D, P, BC, True)
             unfinished = 1
             while unfinished > 0:
                 b_mass, b_power, b_count = add_masked(
-                    rows, b_base, p_k, p_table, edges, b_tau, b_zero,
+                    rows, b_base, p_k, p_table, edges, b_tau, b_margin, b_zero,
                     s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
                 )  # fmt: skip
                 b_mass, b_power, b_count = add_listed(
-                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_count,
+                    rows, b_base, p_k, lists, p_word, b_tau, b_margin, b_mass, b_power, b_count,
                     kept // each, D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
-                kept = keep_flagged(
-                    lists, p_word, p_table, start, kept, s_page, each, D, P, BC, False
-                )
                 b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
-                b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
-                m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+                # Down from a likely threshold to a lower bound, but not past the one before it.
+                b_step = guess_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                b_step = tl.maximum(b_step, b_margin * (-1.0 / BACK))
+                m_above = b_step < -b_margin
+                # Units are flagged down to the margin.
+                if tl.max(m_above.to(tl.int32), 0) == 0:
+                    kept = keep_flagged(
+                        lists, p_word, p_table, start, kept, s_page, each, D, P, BC, False
+                    )
+                m_unfinished = tl.abs(b_row_mass - 1.0) > excess_mass
+                m_unfinished &= b_tau + b_step != b_tau
                 b_last = b_step
                 if ORDER == 2:
                     # Often enough after one step from far more mass.
@@ -319,8 +332,9 @@ def prefill_thresholds_kernel(
                     m_unfinished &= ~m_near
                     b_longest = longest_step(b_row_mass, b_row_power, b_row_count)
                     b_last = tl.where(m_near, 0.5 * (b_step + b_longest), b_step)
-                unfinished = tl.max(m_unfinished.to(tl.int32), 0)
+                unfinished = tl.max((m_unfinished | m_above).to(tl.int32), 0)
                 b_tau += tl.where(unfinished > 0, b_step, b_last)
+                b_margin = tl.zeros_like(b_margin)
             tl.store(p_tau + o_row, b_tau)
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)
