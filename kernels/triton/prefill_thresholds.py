@@ -5,9 +5,13 @@ those before them, then from all. A subset's threshold is a lower bound, and so 
 step gives (see `entmax`). A unit that has no score above the bound has none above the threshold:
 each pass reads only the units that had such a score in the pass before.
 
-Tiles that see many keys read them at a guess instead, which is nearer to the threshold than the
-sample's bound. A mass of at least one proves that it is a lower bound too; else a Newton step down
-from it gives one, at which all keys are read again.
+Tiles that have a sample read all keys at a guess instead, which is nearer to the threshold than
+the sample's bound. A mass of at least one proves that it is a lower bound too; else a Newton step
+down from it gives one, at which all keys are read again.
+
+With rough sums the flagged units are first read at a likely threshold, where the mass may be less
+than one. A Newton step from there is one of the convex norm of the keys in these units, which has
+the same root: it leads to a lower bound from either side.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -51,7 +55,7 @@ from .prefill_tiles import (
 )
 
 # Newton steps from the last keys alone, whose scores are in registers.
-RECENT_STEPS = tl.constexpr(3)
+RECENT_STEPS = tl.constexpr(2)
 # Of a lower bound, but for rounding.
 LEAST_MASS = tl.constexpr(1.0 - 4e-6)
 # Mass from which differences of the sums are exact enough to tell what a step leaves.
@@ -78,7 +82,7 @@ def recent_scores(
 def guess_tile(
     rows, m_row, p_base, p_key, p_table, b_zero, first, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-    SAMPLED: tl.constexpr, GUESSED: tl.constexpr, GUESSED_FROM: tl.constexpr,
+    SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Base, lower bound and guess [BM] from the last keys and a sample of those from `first` on."""
@@ -100,7 +104,7 @@ def guess_tile(
     b_bound, b_tau = guess_thresholds(
         rows, b_base, p_key, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
         first, tl.maximum(last - BN, first), s_page, D, DP, P, BN,
-        SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+        SAMPLED, GUESSED, ORDER, ALIBI, WINDOW, STAGES,
     )  # fmt: skip
     return b_base, b_bound, tl.where(m_row, b_tau, float("inf"))
 
@@ -245,7 +249,6 @@ def prefill_thresholds_kernel(
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     STAGES: tl.constexpr, SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
-    GUESSED_FROM: tl.constexpr,
 ):  # fmt: skip
     """Thresholds of all heads of alpha > 1. A program takes one (tile, KV head) after the other.
 
@@ -274,7 +277,7 @@ def prefill_thresholds_kernel(
             _first, whole, after, _stop = key_tiles(position, count, lowest, window, BN, WINDOW)
             b_base, b_bound, b_tau = guess_tile(
                 rows, m_row, p_base + o_row, p_k, p_table, b_zero, whole * BN, s_page,
-                D, DP, P, BN, SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+                D, DP, P, BN, SAMPLED, GUESSED, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
 
             start, units = whole * each, (after - whole) * each
