@@ -25,13 +25,9 @@ values differ, at most."""
 SAMPLED = 16
 """Of so many keys about one is in the sample that gives the first bound or guess."""
 
-GUESSED_MASS = 1.5
+GUESSED_MASS = 2.0
 """Mass above the guess that the sample is made to show: more makes tiles read more units, and less
 makes more of them read all keys twice."""
-
-GUESSED_FROM = 1 << 14
-"""Keys from which on a guess pays. Fewer have a sample that is too small, and a guess that fails
-costs a pass over all keys."""
 
 _ALIGNMENT = 256
 _LISTED = 1024
@@ -265,7 +261,6 @@ def prefill(
             "STAGES": tiles.stages,
             "SAMPLED": SAMPLED,
             "GUESSED": GUESSED_MASS,
-            "GUESSED_FROM": GUESSED_FROM,
             "num_warps": tiles.warps,
             # Powers of any exponent need more.
             "maxnreg": tiles.registers if order else None,

@@ -19,8 +19,9 @@ from .prefill_rough import (
 )
 from .prefill_tiles import load_rows, page_offsets, score
 
-# How often the sample is read for a guess.
+# How often the sample is read for a guess at most, and a row's mass from which on it is once more.
 GUESS_STEPS = tl.constexpr(3)
+FAR_MASS = tl.constexpr(16.0)
 
 
 @triton.jit
@@ -68,11 +69,11 @@ def guess_step(mass, power, root, exponent, ORDER: tl.constexpr):
 def guess_thresholds(
     rows, b_base, p_key, p_table, b_tau, b_mass, b_power, b_zero, first, recent, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-    SAMPLED: tl.constexpr, GUESSED: tl.constexpr, GUESSED_FROM: tl.constexpr,
+    SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A lower bound, and a guess of the threshold that all keys will have; the bound itself where
-    they are fewer than GUESSED_FROM.
+    they are too few for a tile of the sample.
 
     b_mass and b_power are those [BM] of the keys from `recent` on, exact at the lower bound b_tau.
     Every key of an evenly spaced sample of those from `first` to `recent` stands for its
@@ -85,28 +86,26 @@ def guess_thresholds(
     b_norm = norm(b_mass, b_exponent, ORDER)
     b_fall = b_norm * (b_power / tl.maximum(b_mass, 1e-30))
     root = norm(tl.zeros_like(b_tau) + GUESSED, b_exponent, ORDER)
-    steps = tl.where(recent - first < GUESSED_FROM, 1, GUESS_STEPS)
-    for i_s in range(tl.where(tiles > 0, steps, 0)):
+    left = tl.where(tiles > 0, GUESS_STEPS, 0)
+    while left > 0:
         b_sample_mass, b_sample_power, b_top = add_sample(
             rows, b_base, p_key, p_table, b_guess, b_zero, first, space, tiles, s_page,
             D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
         )  # fmt: skip
-        if i_s == 0:
+        if left == GUESS_STEPS:
             b_least, b_most = sum_bounds(
                 rows, b_mass + b_sample_mass, b_power + b_sample_power, recent - first, BN, ORDER
             )
             b_bound += bound_step(b_least, b_most, b_exponent, ORDER)
-        if steps == 1:
-            b_guess = b_bound
-        else:
-            # The norm is convex: of the recent keys it is at least that of a straight line.
-            b_recent = tl.maximum(b_norm - (b_guess - b_tau) * b_fall, 0.0)
-            b_all, b_slope = weights_and_slopes(b_recent, b_exponent, ORDER)
-            b_top_mass, b_top_slope = weights_and_slopes(b_top, b_exponent, ORDER)
-            b_all += b_top_mass + each * tl.maximum(b_sample_mass - b_top_mass, 0.0)
-            b_slope = b_slope * b_fall + b_top_slope
-            b_slope += each * tl.maximum(b_sample_power - b_top_slope, 0.0)
-            b_step = guess_step(b_all, b_slope, root, b_exponent, ORDER)
-            b_step = tl.where(b_sample_mass < float("inf"), b_step, 0.0)
-            b_guess = tl.maximum(b_guess + b_step, b_bound)
+        # The norm is convex: of the recent keys it is at least that of a straight line.
+        b_recent = tl.maximum(b_norm - (b_guess - b_tau) * b_fall, 0.0)
+        b_all, b_slope = weights_and_slopes(b_recent, b_exponent, ORDER)
+        b_top_mass, b_top_slope = weights_and_slopes(b_top, b_exponent, ORDER)
+        b_all += b_top_mass + each * tl.maximum(b_sample_mass - b_top_mass, 0.0)
+        b_slope = b_slope * b_fall + b_top_slope
+        b_slope += each * tl.maximum(b_sample_power - b_top_slope, 0.0)
+        b_step = guess_step(b_all, b_slope, root, b_exponent, ORDER)
+        b_step = tl.where(b_sample_mass < float("inf"), b_step, 0.0)
+        b_guess = tl.maximum(b_guess + b_step, b_bound)
+        left = tl.where(tl.max((b_all > FAR_MASS).to(tl.int32), 0) > 0, left - 1, 0)
     return b_bound, b_guess

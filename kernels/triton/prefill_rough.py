@@ -18,6 +18,9 @@ LEAST = tl.constexpr(-3e38)
 SCALE = tl.constexpr(8.0)
 # Half of the least step of fp16.
 HALF_STEP = tl.constexpr(2.0**-25)
+# Of a likely step: a tenth of it and what changes the mass by some 4% may be stepped back.
+BACK = tl.constexpr(0.1)
+BACK_POWER = tl.constexpr(0.02)
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def rough_moments(rows, b_z, b_tau, ORDER: tl.constexpr):
         b_weight, b_power = tl.sum(b_x * b_x, 1).to(tl.float32), tl.sum(b_x, 1).to(tl.float32)
         b_flags, b_top = flag_units(b_power, BN // UNIT), tl.max(b_x, 1).to(tl.float32)
     else:
-        b_weight, b_power, _, b_flags = moments(rows, b_z, b_tau, ORDER)
+        b_weight, b_power, _, b_flags = moments(rows, b_z, b_tau, None, ORDER)
         b_top = tl.max(tl.reshape(b_z, [BM, BN // 8, 8]), 1) - b_tau[:, None]
     return b_weight, b_power, b_flags, b_top
 
@@ -95,3 +98,22 @@ def bound_step_down(b_least, b_most, b_exponent, ORDER: tl.constexpr):
     b_length = norm(tl.maximum(b_least[0], 0.0), b_exponent, ORDER)
     b_step = (1.0 - 1.0 / tl.maximum(b_length, 1e-30)) * (b_most[0] / tl.maximum(b_least[1], 1e-30))
     return tl.where((b_length > 1e-30) & (b_least[1] > 1e-30), b_step, LEAST)
+
+
+@triton.jit
+def likely_step(rows, m_row, b_mass, b_power, ORDER: tl.constexpr):
+    """Step to where the mass is likely to be one, which may be above the threshold, and how far
+    below that the threshold is likely to be, at most; zeros where sums are not rough or infinite.
+
+    Masses of the scores of attention fall much as the fourth power of the distance to the largest
+    one: a Newton step on the mass's fourth root. It is never longer than the margin's 1 / BACK.
+    """
+    b_step = tl.zeros_like(b_mass)
+    if is_rough(rows, ORDER):
+        m_step = m_row & (b_mass < float("inf"))
+        b_inverse = 1.0 / tl.maximum(b_power, 1e-30)
+        b_root = tl.sqrt(tl.sqrt(tl.maximum(b_mass, 1.0)))
+        b_step = tl.where(m_step, 2.0 * b_mass * b_inverse * (1.0 - 1.0 / b_root), 0.0)
+        return b_step, tl.where(m_step, BACK * b_step + BACK_POWER * b_inverse, 0.0)
+    else:
+        return b_step, b_step

@@ -5,9 +5,13 @@ those before them, then from all. A subset's threshold is a lower bound, and so 
 step gives (see `entmax`). A unit that has no score above the bound has none above the threshold:
 each pass reads only the units that had such a score in the pass before.
 
-Tiles that see many keys read them at a guess instead, which is nearer to the threshold than the
-sample's bound. A mass of at least one proves that it is a lower bound too; else a Newton step down
-from it gives one, at which all keys are read again.
+Tiles that have a sample read all keys at a guess instead, which is nearer to the threshold than
+the sample's bound. A mass of at least one proves that it is a lower bound too; else a Newton step
+down from it gives one, at which all keys are read again.
+
+With rough sums the flagged units are first read at a likely threshold, where the mass may be less
+than one. A Newton step from there is one of the convex norm of the keys in these units, which has
+the same root: it leads to a lower bound from either side.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -17,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .entmax import longest_step, newton_step
-from .prefill_guess import guess_thresholds
+from .prefill_guess import guess_step, guess_thresholds
 from .prefill_lists import (
     keep_flagged,
     listed_rows,
@@ -27,9 +31,11 @@ from .prefill_lists import (
     next_rows,
 )
 from .prefill_rough import (
+    BACK,
     LEAST,
     bound_step,
     bound_step_down,
+    likely_step,
     rough_moments,
     scaled_rows,
     sum_bounds,
@@ -49,7 +55,7 @@ from .prefill_tiles import (
 )
 
 # Newton steps from the last keys alone, whose scores are in registers.
-RECENT_STEPS = tl.constexpr(3)
+RECENT_STEPS = tl.constexpr(2)
 # Of a lower bound, but for rounding.
 LEAST_MASS = tl.constexpr(1.0 - 4e-6)
 # Mass from which differences of the sums are exact enough to tell what a step leaves.
@@ -76,7 +82,7 @@ def recent_scores(
 def guess_tile(
     rows, m_row, p_base, p_key, p_table, b_zero, first, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-    SAMPLED: tl.constexpr, GUESSED: tl.constexpr, GUESSED_FROM: tl.constexpr,
+    SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Base, lower bound and guess [BM] from the last keys and a sample of those from `first` on."""
@@ -91,14 +97,14 @@ def guess_tile(
         b_z = recent_scores(rows, b_base, p_key, p_table, s_page, D, DP, P, BN, ALIBI, WINDOW)
     # No finite bound and no visible key make NaN of their difference.
     b_tau = tl.where(m_row, tl.maximum(tl.max(b_z, 1) - 1.0, LEAST), float("inf"))
-    b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+    b_mass, b_power, _, _ = moments(rows, b_z, b_tau, None, ORDER)
     for _ in tl.static_range(RECENT_STEPS):
         b_tau += newton_step(tl.sum(b_mass, 1), tl.sum(b_power, 1), 1.0, b_exponent, ORDER)
-        b_mass, b_power, _, _ = moments(rows, b_z, b_tau, ORDER)
+        b_mass, b_power, _, _ = moments(rows, b_z, b_tau, None, ORDER)
     b_bound, b_tau = guess_thresholds(
         rows, b_base, p_key, p_table, b_tau, tl.sum(b_mass, 1), tl.sum(b_power, 1), b_zero,
         first, tl.maximum(last - BN, first), s_page, D, DP, P, BN,
-        SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+        SAMPLED, GUESSED, ORDER, ALIBI, WINDOW, STAGES,
     )  # fmt: skip
     return b_base, b_bound, tl.where(m_row, b_tau, float("inf"))
 
@@ -143,7 +149,7 @@ def add_all(
 
 @triton.jit
 def add_listed(
-    rows, b_base, p_key, lists, p_words, b_tau, b_mass, b_power, b_count, count,
+    rows, b_base, p_key, lists, p_words, b_tau, b_margin, b_mass, b_power, b_count, count,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +163,9 @@ def add_listed(
         b_next, o_next = next_rows(lists, i_t + 1, count, BN, ALIBI)
         b_k = load_rows(p_key, b_offset, o_n, o_d, D, MASKED=False)
         b_z = score(rows, b_base, b_k, o_key, ALIBI, WINDOW, MASKED=False)
-        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, b_tile_flags = moments(
+            rows, b_z, b_tau, b_margin, ORDER
+        )
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -167,7 +175,7 @@ def add_listed(
 
 @triton.jit
 def add_masked(
-    rows, b_base, p_key, p_table, edges, b_tau, b_zero, s_page,
+    rows, b_base, p_key, p_table, edges, b_tau, b_margin, b_zero, s_page,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ORDER: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +186,7 @@ def add_masked(
         b_z, _ = masked_scores(
             rows, b_base, p_key, p_table, o_key, m_key, s_page, D, DP, P, ALIBI, WINDOW
         )
-        b_tile_mass, b_tile_power, b_tile_count, _ = moments(rows, b_z, b_tau, ORDER)
+        b_tile_mass, b_tile_power, b_tile_count, _ = moments(rows, b_z, b_tau, b_margin, ORDER)
         b_mass += b_tile_mass
         b_power += b_tile_power
         b_count += b_tile_count
@@ -197,7 +205,7 @@ def read_all(
         s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW, STAGES,
     )  # fmt: skip
     b_mass, b_power, _ = add_masked(
-        rows, b_base, p_key, p_table, edges, b_tau, b_zero,
+        rows, b_base, p_key, p_table, edges, b_tau, None, b_zero,
         s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
     )  # fmt: skip
     return b_row_mass + tl.sum(b_mass, 1), b_row_power + tl.sum(b_power, 1)
@@ -241,7 +249,6 @@ def prefill_thresholds_kernel(
     BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     ORDER: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     STAGES: tl.constexpr, SAMPLED: tl.constexpr, GUESSED: tl.constexpr,
-    GUESSED_FROM: tl.constexpr,
 ):  # fmt: skip
     """Thresholds of all heads of alpha > 1. A program takes one (tile, KV head) after the other.
 
@@ -270,7 +277,7 @@ def prefill_thresholds_kernel(
             _first, whole, after, _stop = key_tiles(position, count, lowest, window, BN, WINDOW)
             b_base, b_bound, b_tau = guess_tile(
                 rows, m_row, p_base + o_row, p_k, p_table, b_zero, whole * BN, s_page,
-                D, DP, P, BN, SAMPLED, GUESSED, GUESSED_FROM, ORDER, ALIBI, WINDOW, STAGES,
+                D, DP, P, BN, SAMPLED, GUESSED, ORDER, ALIBI, WINDOW, STAGES,
             )  # fmt: skip
 
             start, units = whole * each, (after - whole) * each
@@ -292,24 +299,33 @@ def prefill_thresholds_kernel(
                     b_bound = tl.where(m_wrong, tl.maximum(b_tau + b_step, b_bound), b_tau)
                     b_tau = b_bound
             b_least, b_most = sum_bounds(rows, b_row_mass, b_row_power, keys, BN, ORDER)
-            b_tau += bound_step(b_least, b_most, b_exponent, ORDER)
+            b_likely, b_margin = likely_step(rows, m_row, b_row_mass, b_row_power, ORDER)
+            b_tau += tl.maximum(bound_step(b_least, b_most, b_exponent, ORDER), b_likely)
+            # Such that their difference is exact.
+            b_margin = tl.where(m_row, b_tau - (b_tau - b_margin), 0.0)
             kept = keep_flagged(lists, p_word, p_table, start, units, s_page, each, D, P, BC, True)
             unfinished = 1
             while unfinished > 0:
                 b_mass, b_power, b_count = add_masked(
-                    rows, b_base, p_k, p_table, edges, b_tau, b_zero,
+                    rows, b_base, p_k, p_table, edges, b_tau, b_margin, b_zero,
                     s_page, D, DP, P, BN, ORDER, ALIBI, WINDOW,
                 )  # fmt: skip
                 b_mass, b_power, b_count = add_listed(
-                    rows, b_base, p_k, lists, p_word, b_tau, b_mass, b_power, b_count,
+                    rows, b_base, p_k, lists, p_word, b_tau, b_margin, b_mass, b_power, b_count,
                     kept // each, D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
-                kept = keep_flagged(
-                    lists, p_word, p_table, start, kept, s_page, each, D, P, BC, False
-                )
                 b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
-                b_step = newton_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
-                m_unfinished = (b_row_mass > 1.0 + excess_mass) & (b_tau + b_step > b_tau)
+                # Down from a likely threshold to a lower bound, but not past the one before it.
+                b_step = guess_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                b_step = tl.maximum(b_step, b_margin * (-1.0 / BACK))
+                m_above = b_step < -b_margin
+                # Units are flagged down to the margin.
+                if tl.max(m_above.to(tl.int32), 0) == 0:
+                    kept = keep_flagged(
+                        lists, p_word, p_table, start, kept, s_page, each, D, P, BC, False
+                    )
+                m_unfinished = tl.abs(b_row_mass - 1.0) > excess_mass
+                m_unfinished &= b_tau + b_step != b_tau
                 b_last = b_step
                 if ORDER == 2:
                     # Often enough after one step from far more mass.
@@ -319,8 +335,9 @@ def prefill_thresholds_kernel(
                     m_unfinished &= ~m_near
                     b_longest = longest_step(b_row_mass, b_row_power, b_row_count)
                     b_last = tl.where(m_near, 0.5 * (b_step + b_longest), b_step)
-                unfinished = tl.max(m_unfinished.to(tl.int32), 0)
+                unfinished = tl.max((m_unfinished | m_above).to(tl.int32), 0)
                 b_tau += tl.where(unfinished > 0, b_step, b_last)
+                b_margin = tl.zeros_like(b_margin)
             tl.store(p_tau + o_row, b_tau)
             tl.debug_barrier()
             mark_kept(lists[0], p_word, start, kept, tl.cdiv(units, 32), BC)

@@ -234,13 +234,23 @@ def flag_units(b_part, units: tl.constexpr):
 
 
 @triton.jit
-def moments(rows, b_z, b_tau, ORDER: tl.constexpr):
+def moments(rows, b_z, b_tau, b_margin, ORDER: tl.constexpr):
     """Of x = max(z - tau, 0): its sums of x ** b, NaN for a NaN, and of x ** (b - 1), and for b = 2
-    how many z are not below tau, [BM, 8] each as `partial_sums`, and `flag_units` of it."""
+    how many z are not below tau - margin, [BM, 8] each as `partial_sums`, and `flag_units` of it.
+
+    b_margin: [BM], zero unless b is 2 and queries are of two bytes; units that have a counted z are
+        flagged. None where no z is counted, and units that have one above tau are flagged.
+    """
     b_exponent = rows[3]
     fp32: tl.constexpr = rows[0].dtype == tl.float32
-    b_y = b_z - b_tau[:, None]
-    b_x = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # Above a margin x is added up with it, one instruction less than without.
+    margin: tl.constexpr = ORDER == 2 and not fp32 and b_margin is not None
+    if margin:
+        b_y = b_z - (b_tau - b_margin)[:, None]
+        b_x = tl.maximum(b_y, b_margin[:, None], propagate_nan=tl.PropagateNan.ALL)
+    else:
+        b_y = b_z - b_tau[:, None]
+        b_x = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ORDER == 0:
         # Sums of powers up to 2 ** 80 are finite. Scores that are clipped have a lower threshold,
         # so that steps stay below the true one.
@@ -250,13 +260,21 @@ def moments(rows, b_z, b_tau, ORDER: tl.constexpr):
     b_weight, b_power = partial_sums(b_weight, fp32), partial_sums(b_power, fp32)
     # Powers of two are NaN for a NaN themselves.
     units: tl.constexpr = b_x.shape[1] // UNIT
-    b_flags = flag_units(b_power if ORDER == 2 else b_weight + b_power, units)
     b_count = b_weight
+    b_any = b_power if ORDER == 2 else b_weight + b_power
     if ORDER == 2:
         # A shift of the sign and a sum are one instruction.
         b_count = partial_sums(b_y.to(tl.int32, bitcast=True) >> 31, False)
         b_count = (b_count + b_x.shape[1] // 8).to(tl.float32)
-    return b_weight, b_power, b_count, b_flags
+    if margin:
+        b_any = tl.where(b_power == b_power, b_count, b_power)
+        # Without one, sums may be infinite.
+        m_margin = b_margin[:, None] > 0.0
+        b_all = b_margin[:, None] * (b_x.shape[1] // 8)
+        b_much = b_margin[:, None] * (2.0 * b_power - b_all)
+        b_weight = tl.where(m_margin, b_weight - b_much, b_weight)
+        b_power = tl.where(m_margin, b_power - b_all, b_power)
+    return b_weight, b_power, b_count, flag_units(b_any, units)
 
 
 @triton.jit
