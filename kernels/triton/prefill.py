@@ -25,7 +25,7 @@ values differ, at most."""
 SAMPLED = 16
 """Of so many keys about one is in the sample that gives the first bound or guess."""
 
-GUESSED_MASS = 2.0
+GUESSED_MASS = 1.75
 """Mass above the guess that the sample is made to show: more makes tiles read more units, and less
 makes more of them read all keys twice."""
 

@@ -44,6 +44,7 @@ from .prefill_rough import (
 from .prefill_tiles import (
     UNIT,
     any_flag,
+    heads_in_turn,
     key_tiles,
     load_rows,
     load_tile,
@@ -51,6 +52,7 @@ from .prefill_tiles import (
     next_pages,
     score,
     tile_keys,
+    tile_of,
     tile_offsets,
 )
 
@@ -252,15 +254,16 @@ def prefill_thresholds_kernel(
 ):  # fmt: skip
     """Thresholds of all heads of alpha > 1. A program takes one (tile, KV head) after the other.
 
-    Programs that run together have the same KV head, whose keys stay in L2; late tiles, which
-    see the most keys, go first.
+    Programs that run together have the same KV head, whose keys stay in L2, unless it holds those
+    of all heads.
     """
     each: tl.constexpr = BN // UNIT.value
     i_p = tl.program_id(0).to(tl.int64)
     lists = p_units + i_p * s_list, p_offsets + i_p * s_list
+    together = heads_in_turn(p_key, p_seq_lens, batch, HKV, D)
     item = tl.atomic_add(p_tickets, 1, sem="relaxed")
     while item < slab * HKV:
-        i_h, i_slab = item // slab, slab - 1 - item % slab
+        i_h, i_slab = tile_of(item, slab, together)
         i_b, count, _token, _q, _head, m_row, rows = load_tile(
             p_query, p_alpha, p_slopes, p_query_start_loc, p_seq_lens, i_h, first_tile + i_slab,
             s_query_t, s_query_h, batch, window, scale, factor, exponent,

@@ -15,6 +15,8 @@ from .entmax import head_parameters, weights_and_slopes
 
 # Positions that share a flag, of one page each.
 UNIT = tl.constexpr(16)
+# Keys that L2 holds beside all else.
+NEAR_BYTES = tl.constexpr(1 << 25)
 
 
 @triton.jit
@@ -142,6 +144,30 @@ def load_rows(p_rows, b_offset, m_key, o_d, D: tl.constexpr, MASKED: tl.constexp
         return tl.load(p_tile)
     else:
         return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def heads_in_turn(p_key, p_seq_lens, batch, HKV: tl.constexpr, D: tl.constexpr):
+    """How many KV heads take turns: all if L2 holds the keys of the longest sequence for all of
+    them, so that no head's tiles alone keep few programs busy at the end; else one."""
+    o_b = tl.arange(0, 128)
+    longest = tl.full([], 0, tl.int32)
+    for i_b in range(0, batch, 128):
+        b_n = tl.load(p_seq_lens + i_b + o_b, mask=i_b + o_b < batch, other=0)
+        longest = tl.maximum(longest, tl.max(b_n, 0).to(tl.int32))
+    BYTES: tl.constexpr = HKV * D * p_key.dtype.element_ty.primitive_bitwidth // 8
+    return tl.where(longest <= NEAR_BYTES // BYTES, HKV, 1)
+
+
+@triton.jit
+def tile_of(item, slab, together):
+    """KV head and tile of the slab of a program's next piece of work.
+
+    `together` heads take turns, and then the next ones. Late tiles, which see the most keys, go
+    first.
+    """
+    i_group, rest = item // (slab * together), item % (slab * together)
+    return i_group * together + rest % together, slab - 1 - rest // together
 
 
 @triton.jit

@@ -15,7 +15,16 @@ from .prefill_lists import (
     masked_units,
     next_rows,
 )
-from .prefill_tiles import UNIT, key_tiles, load_rows, load_tile, partial_sums, score
+from .prefill_tiles import (
+    UNIT,
+    heads_in_turn,
+    key_tiles,
+    load_rows,
+    load_tile,
+    partial_sums,
+    score,
+    tile_of,
+)
 
 
 @triton.jit
@@ -99,9 +108,10 @@ def prefill_values_kernel(
     o_d = tl.arange(0, DP)
     i_p = tl.program_id(0).to(tl.int64)
     lists = p_units + i_p * s_list, p_offsets + i_p * s_list
+    together = heads_in_turn(p_key, p_seq_lens, batch, HKV, D)
     item = tl.atomic_add(p_tickets + 1, 1, sem="relaxed")
     while item < slab * HKV:
-        i_h, i_slab = item // slab, slab - 1 - item % slab
+        i_h, i_slab = tile_of(item, slab, together)
         i_b, count, token, o_q, o_head, m_row, rows = load_tile(
             p_query, p_alpha, p_slopes, p_query_start_loc, p_seq_lens, i_h, first_tile + i_slab,
             s_query_t, s_query_h, batch, window, scale, factor, exponent,
