@@ -181,7 +181,7 @@ def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
 def wanted_kernel(
     p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_span,
     p_rounding, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
-    s_page, s_head, s_scale_page, s_scale_head, s_block_table, page_stride, exact_below, factor,
+    s_page, s_head, s_block_table, page_stride, exact_below, factor,
     exponent, margin, reach, guard,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr, FPP: tl.constexpr,
@@ -224,10 +224,7 @@ def wanted_kernel(
     b_tau = solve_heads(b_z, b_exponent, ORDER)
     b_above = b_reach - b_tau[None, :]
     if PROVE:
-        b_slack = load_rounding(
-            p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, i_row * G + o_g, m_g,
-            ranked, s_block_table, s_scale_page, s_scale_head, PS, PSP,
-        )  # fmt: skip
+        b_slack = load_rounding(p_span, p_rounding, i_row, i_row * G + o_g, m_g, PS, PSP)
         b_slack += TAU_ROUNDING * (1.0 + tl.abs(b_tau))
         b_more = (b_radius[:, None] - 1.0) * b_spread + b_slack[None, :]
     elif OWN_REACH:

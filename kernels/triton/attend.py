@@ -134,23 +134,23 @@ def attend_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
     p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-    p_scales, p_bound, p_span, p_rounding, p_unread_mass,
+    p_bound, p_span, p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
-    s_scale_head, s_certificate,
+    limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DS: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     CLASSES: tl.constexpr, FP: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr,
     BV: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
-    MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
+    BC: tl.constexpr, DC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    COUNT: tl.constexpr, MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
     the head size.
 
     The parts repeat the solution, which costs less than to wait for each other.
 
+    DC: parts that share the bounds of unread pages, which are loaded with the first candidates.
     MAKE_UP: heads may be left, to all programs together.
     FLAGGED: they are of rows of `p_exact_rows` alone, which are known beforehand.
     """
@@ -174,12 +174,11 @@ def attend_kernel(
                 p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
                 p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
                 p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-                p_scales, p_bound, p_span, p_rounding, p_unread_mass, s_query_b,
-                s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-                limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
-                s_scale_page, s_scale_head, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES,
-                FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
-                EXACT_ROWS, CERTIFY, COUNT,
+                p_bound, p_span, p_rounding, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h,
+                s_page, s_head, s_block_table, list_stride, window, limit, rows, exact_below, scale,
+                factor, exponent, value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK,
+                S, SP, CLASSES, FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS,
+                PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
             )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
@@ -198,12 +197,10 @@ def attend_kernel(
     b_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
     b_slot = load_near(p_near_slot, b_count, o_f, o_j, limit, 0)
     if CERTIFY > 0:
-        i_row = i_b * HKV + i_h
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound = load_unread(
-            p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b,
-            i_h, i_row, i_head, i_d, n, ranked, s_block_table, page_stride, s_scale_page,
-            s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
+            p_listed_count, p_bound, p_span, p_rounding, i_b * HKV + i_h, i_head, i_d, n, ranked,
+            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         peak = tl.load(p_peak + i_head)
         tl.debug_barrier()
@@ -214,7 +211,7 @@ def attend_kernel(
     if CERTIFY > 0:
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, rounding, b_bound, i_head,
-            i_d, ranked, tau, peak, b, page_stride, P, BC, DS, CERTIFY, ORDER, False,
+            i_d, ranked, tau, peak, b, page_stride, P, BC, DC, CERTIFY, ORDER, False,
         )  # fmt: skip
 
     b_acc, total, support = sum_values(

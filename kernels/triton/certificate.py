@@ -45,22 +45,16 @@ def take_bounds(
 
 @triton.jit
 def load_rounding(
-    p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, o_head, m_head, ranked,
-    s_block_table, s_scale_page, s_scale_head, PS: tl.constexpr, PSP: tl.constexpr,
+    p_span, p_rounding, i_row, o_head, m_head, PS: tl.constexpr, PSP: tl.constexpr
 ):  # fmt: skip
     """By how much at most rounding can change bounds of heads, the scores below them, and those of
     keys that were read, by which the threshold moves; shaped as o_head."""
     o_s = tl.arange(0, PSP)
     b_span = tl.load(p_span + i_row * PS + o_s, mask=o_s < PS, other=0.0)
-    b_unit = tl.load(p_rounding + 2 * o_head, mask=m_head, other=0.0)
-    b_fixed = tl.load(p_rounding + 2 * o_head + 1, mask=m_head, other=0.0)
-    # The last page is read without being ranked.
-    p_last = p_block_table + i_b.to(tl.int64) * s_block_table + ranked
-    last = tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64)
-    p_last = p_scales + last * s_scale_page + i_h.to(tl.int64) * s_scale_head
-    span = tl.load(p_last, mask=ranked > 0, other=0.0)
-    span += tl.load(p_last + 1, mask=ranked > 0, other=0.0)
-    return 2.0 * (tl.maximum(tl.max(b_span, 0), span) * b_unit + b_fixed)
+    b_unit = tl.load(p_rounding + 3 * o_head, mask=m_head, other=0.0)
+    b_fixed = tl.load(p_rounding + 3 * o_head + 1, mask=m_head, other=0.0)
+    b_last = tl.load(p_rounding + 3 * o_head + 2, mask=m_head, other=0.0)
+    return 2.0 * (tl.maximum(tl.max(b_span, 0), b_last) * b_unit + b_fixed)
 
 
 @triton.jit
@@ -72,8 +66,7 @@ def load_bounds(p_bound, i_head, o_page, ranked, page_stride):
 
 @triton.jit
 def load_unread(
-    p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b, i_h, i_row,
-    i_head, i_c, n, ranked, s_block_table, page_stride, s_scale_page, s_scale_head,
+    p_listed_count, p_bound, p_span, p_rounding, i_row, i_head, i_c, n, ranked, page_stride,
     P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
     CERTIFY: tl.constexpr,
 ):  # fmt: skip
@@ -85,10 +78,7 @@ def load_unread(
     if CERTIFY == BOUNDED:
         o_page = i_c * BC + tl.arange(0, BC)
         b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
-        rounding = load_rounding(
-            p_span, p_rounding, p_scales, p_block_table, i_b, i_h, i_row, i_head, i_head >= 0,
-            ranked, s_block_table, s_scale_page, s_scale_head, PS, PSP,
-        )  # fmt: skip
+        rounding = load_rounding(p_span, p_rounding, i_row, i_head, i_head >= 0, PS, PSP)
     elif LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
     return unread, rounding, b_bound

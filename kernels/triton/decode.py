@@ -111,8 +111,6 @@ def decode(
         "s_certificate": 0 if certificate is None else certificate.stride(0),
         "s_page": cache.key.stride(0),
         "s_head": cache.key.stride(1),
-        "s_scale_page": cache.scales.stride(0),
-        "s_scale_head": cache.scales.stride(1),
         "s_block_table": block_table.stride(0),
         "list_stride": shape.page_stride,
         "page_stride": shape.page_stride,
@@ -337,8 +335,10 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     }
     _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
     warps = _attend_warps(shape)
+    sharing = shape.certificate_parts(warps)
     values = {
-        "BC": shape.certificate_tile(warps, shape.value_parts),
+        "BC": shape.certificate_tile(warps, sharing),
+        "DC": sharing,
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,
     }

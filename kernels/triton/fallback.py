@@ -82,11 +82,10 @@ def left_heads(
 def make_up_row(
     p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out,
-    p_counters, p_certificate, p_scales, p_bound, p_span, p_rounding, p_unread_mass,
+    p_counters, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
     m_left, number, together, meetings, i_b, i_h, i_row, n, first, entries,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page, s_scale_head,
-    s_certificate,
+    exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     SHARES: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
@@ -230,10 +229,8 @@ def make_up_row(
                 b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
                 _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
                 unread, rounding, b_bound = load_unread(
-                    p_listed_count, p_block_table, p_scales, p_bound, p_span,
-                    p_rounding, i_b, i_h, i_row, i_row * G + i_g, 0, n, ranked,
-                    s_block_table, page_stride, s_scale_page, s_scale_head, P, PS, PSP,
-                    BC, LISTED, CERTIFY,
+                    p_listed_count, p_bound, p_span, p_rounding, i_row, i_row * G + i_g, 0, n,
+                    ranked, page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
                 )  # fmt: skip
                 bound, complete = sum_unread(
                     p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_g, 0, ranked,
@@ -251,11 +248,9 @@ def make_up_row(
 def make_up(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words, p_trial_mass, p_partial, p_total,
-    p_support, p_out, p_counters, p_certificate, p_scales, p_bound, p_span, p_rounding,
-    p_unread_mass,
+    p_support, p_out, p_counters, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
-    limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_scale_page,
-    s_scale_head, s_certificate,
+    limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     FP: tl.constexpr, ROOM: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr,
@@ -287,11 +282,11 @@ def make_up(
                 meetings = make_up_row(
                     p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens,
                     p_exact_rows, p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial,
-                    p_total, p_support, p_out, p_counters, p_certificate, p_scales, p_bound,
-                    p_span, p_rounding, p_unread_mass, m_left, number, together, meetings,
-                    i_b, i_h, i_row, n, first, entries, s_query_b, s_query_h, s_out_b, s_out_h,
-                    s_page, s_head, s_block_table, list_stride, window, exact_below, scale, factor,
-                    exponent, value_scale, page_stride, s_scale_page, s_scale_head, s_certificate,
-                    HKV, G, GP, D, DP, P, BK, S, SP, CLASSES, SHARES, WINDOW, LISTED, ALIBI,
-                    ALPHA_PER_HEAD, ORDER, PS, PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
+                    p_total, p_support, p_out, p_counters, p_certificate, p_bound, p_span,
+                    p_rounding, p_unread_mass, m_left, number, together, meetings, i_b, i_h, i_row,
+                    n, first, entries, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head,
+                    s_block_table, list_stride, window, exact_below, scale, factor, exponent,
+                    value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP,
+                    CLASSES, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
+                    EXACT_ROWS, CERTIFY, COUNT,
                 )  # fmt: skip

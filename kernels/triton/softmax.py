@@ -93,10 +93,8 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    p_block_table, p_exact_rows, p_listed_count, p_certificate, p_scales, p_bound,
-    p_span, p_rounding, p_unread_mass,
-    s_out_b, s_out_h, s_block_table, window, exact_below, value_scale, page_stride, s_scale_page,
-    s_scale_head, s_certificate,
+    p_exact_rows, p_listed_count, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
+    s_out_b, s_out_h, window, exact_below, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
@@ -132,9 +130,8 @@ def softmax_combine_kernel(
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound = load_unread(
-            p_listed_count, p_block_table, p_scales, p_bound, p_span, p_rounding, i_b,
-            i_hq // G, i_row, i_row * G + i_hq % G, 0, n, ranked, s_block_table, page_stride,
-            s_scale_page, s_scale_head, P, PS, PSP, BC, LISTED, CERTIFY,
+            p_listed_count, p_bound, p_span, p_rounding, i_row, i_row * G + i_hq % G, 0, n, ranked,
+            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_hq % G, 0, ranked,

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..reference.quest import LEAST_QUERY
 from .nearest_long import SAMPLED
 from .pages import load_statistics, ranked_pages
-from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
+from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
 
 QUERY_MIN = tl.constexpr(LEAST_QUERY)
 
@@ -54,20 +54,24 @@ def sum_squares(b_half, b_q):
 
 @triton.jit
 def store_rounding(
-    p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G: tl.constexpr, D: tl.constexpr,
-    ALIBI: tl.constexpr,
+    p_rounding, p_scale, p_last, b_q, b_scale, b_slope, i_row, o_g, n, ranked, s_page,
+    G: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """By how much at most rounding can change scores of keys, and bounds, for each head of a group:
-    per sum of a page's two scales, and besides, [rows, G, 2]; see `sound_bounds` in
-    `reference/quest.py`."""
+    per sum of a page's two scales, and besides, and this sum of the last page, which is read
+    without being ranked, [rows, G, 3]; see `sound_bounds` in `reference/quest.py`."""
     ROUNDING: tl.constexpr = 4 * D * 2.0**-23
     b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0) + QUERY_MIN
-    p_own = p_rounding + (i_row * G + o_g) * 2
+    p_own = p_rounding + (i_row * G + o_g) * 3
     tl.store(p_own, b_size * b_scale * (ROUNDING * 127), mask=o_g < G)
     b_fixed = b_size * 0.0
     if ALIBI:
         b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
     tl.store(p_own + 1, b_fixed, mask=o_g < G)
+    p_scale += tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64) * (s_page // 4)
+    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
+    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
+    tl.store(p_own + 2, b_size * 0.0 + span, mask=o_g < G)
 
 
 @triton.jit(do_not_specialize=["early"])
@@ -108,14 +112,19 @@ def box_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
-    if ROUNDED and i_s == PS:
-        store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
-        if CERTIFY:
-            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
-        return
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
     p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+    if ROUNDED and i_s == PS:
+        # The launch before may write the last page.
+        await_previous(CHAINED)
+        store_rounding(
+            p_rounding, p_scale, p_table + ranked, b_q, b_scale, b_slope, i_row, o_g, n, ranked,
+            s_page, G, D, ALIBI,
+        )  # fmt: skip
+        if CERTIFY:
+            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
+        return
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)

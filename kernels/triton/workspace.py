@@ -329,6 +329,11 @@ class Shape:
         pages, or 16 a thread."""
         return min(power_of_two(-(-self.max_pages // parts)), 512 * warps)
 
+    def certificate_parts(self, warps: int) -> int:
+        """Parts of a head that share the bounds of its pages: one of 8 a thread takes less time
+        than to add up those of several."""
+        return 1 if power_of_two(self.max_pages) <= 256 * warps else self.value_parts
+
     @cached_property
     def most_members(self) -> int:
         """Pages about the last one of a budget that there is room for: more than a share that a
@@ -383,7 +388,7 @@ class Shape:
             fields["page_extreme"] = torch.float32, page_own * 2
         if self.certified or self.selector == "pruned":
             fields["span"] = torch.float32, rows * self.page_splits
-            fields["rounding"] = torch.float32, heads * 2
+            fields["rounding"] = torch.float32, heads * 3
         if self.first_pages:
             first = heads * self.first_tiles * self.tile
             fields |= {

@@ -16,6 +16,7 @@ from entmaxkv_kernels.triton.prefill_rough import (
     sum_bounds,
     unscaled,
 )
+from entmaxkv_kernels.triton.prefill_tiles import heads_in_turn, tile_of
 
 from .device import DEVICE, DTYPES, on_device
 
@@ -192,6 +193,34 @@ def test_one_high_score_leaves_the_output_exact_whether_a_guess_saw_it_or_not(sa
     scene.key[0][0 if sampled else 1] += 8 * scene.query[0][0] / scene.query[0][0].norm()
     scene.append_all()
     check(scene, [64])
+
+
+@triton.jit
+def order_kernel(p_key, p_seq_lens, p_order, batch, slab, HKV: tl.constexpr, D: tl.constexpr):
+    together = heads_in_turn(p_key, p_seq_lens, batch, HKV, D)
+    for item in range(0, slab * HKV):
+        i_h, i_slab = tile_of(item, slab, together)
+        tl.store(p_order + 2 * item, i_h)
+        tl.store(p_order + 2 * item + 1, i_slab)
+
+
+@pytest.mark.parametrize(
+    "longest, turns",
+    [(1 << 16, True), ((1 << 16) + 1, False)],
+    ids=["L2 holds the keys of all heads", "L2 does not"],
+)
+def test_late_tiles_go_first_and_heads_take_turns_if_l2_holds_their_keys(longest, turns):
+    slab, kv_heads = 5, 4
+    lengths = torch.ones(300, dtype=torch.int32, device=DEVICE)
+    lengths[170] = longest
+    order = torch.empty(slab * kv_heads, 2, dtype=torch.int32, device=DEVICE)
+    key = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    order_kernel[(1,)](key, lengths, order, len(lengths), slab, kv_heads, 64)
+    late_first = range(slab - 1, -1, -1)
+    expected = [(h, tile) for h in range(kv_heads) for tile in late_first]
+    if turns:
+        expected = [(h, tile) for tile in late_first for h in range(kv_heads)]
+    assert order.tolist() == [list(pair) for pair in expected]
 
 
 def test_two_runs_give_the_same_bits():
