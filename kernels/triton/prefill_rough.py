@@ -21,6 +21,9 @@ HALF_STEP = tl.constexpr(2.0**-25)
 # Of a likely step: a tenth of it and what changes the mass by some 4% may be stepped back.
 BACK = tl.constexpr(0.1)
 BACK_POWER = tl.constexpr(0.02)
+# A sum of 16 terms past a margin is off by at most 2 ** -16 of the margin's square: with that of
+# all keys no more than half of the mass that may be left.
+MARGIN_SQUARES = tl.constexpr(2.0**19)
 
 
 @triton.jit
@@ -101,19 +104,21 @@ def bound_step_down(b_least, b_most, b_exponent, ORDER: tl.constexpr):
 
 
 @triton.jit
-def likely_step(rows, m_row, b_mass, b_power, ORDER: tl.constexpr):
+def likely_step(rows, m_row, b_mass, b_power, keys, left_mass, ORDER: tl.constexpr):
     """Step to where the mass is likely to be one, which may be above the threshold, and how far
-    below that the threshold is likely to be, at most; zeros where sums are not rough or infinite.
+    below that the threshold is likely to be, at most; zeros where sums are not rough or infinite,
+    or those of `keys` past so wide a margin would be off by what matters beside `left_mass`.
 
     Masses of the scores of attention fall much as the fourth power of the distance to the largest
     one: a Newton step on the mass's fourth root. It is never longer than the margin's 1 / BACK.
     """
     b_step = tl.zeros_like(b_mass)
     if is_rough(rows, ORDER):
-        m_step = m_row & (b_mass < float("inf"))
         b_inverse = 1.0 / tl.maximum(b_power, 1e-30)
         b_root = tl.sqrt(tl.sqrt(tl.maximum(b_mass, 1.0)))
-        b_step = tl.where(m_step, 2.0 * b_mass * b_inverse * (1.0 - 1.0 / b_root), 0.0)
-        return b_step, tl.where(m_step, BACK * b_step + BACK_POWER * b_inverse, 0.0)
+        b_step = 2.0 * b_mass * b_inverse * (1.0 - 1.0 / b_root)
+        b_margin = BACK * b_step + BACK_POWER * b_inverse
+        m_step = m_row & (b_margin * b_margin * keys < MARGIN_SQUARES * left_mass)
+        return tl.where(m_step, b_step, 0.0), tl.where(m_step, b_margin, 0.0)
     else:
         return b_step, b_step

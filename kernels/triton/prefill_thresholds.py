@@ -60,6 +60,8 @@ from .prefill_tiles import (
 RECENT_STEPS = tl.constexpr(2)
 # Of a lower bound, but for rounding.
 LEAST_MASS = tl.constexpr(1.0 - 4e-6)
+# Mass below which a step down would depend on its rounding.
+LITTLE_MASS = tl.constexpr(0.25)
 # Mass from which differences of the sums are exact enough to tell what a step leaves.
 MOST_MASS = tl.constexpr(4.0)
 
@@ -302,7 +304,9 @@ def prefill_thresholds_kernel(
                     b_bound = tl.where(m_wrong, tl.maximum(b_tau + b_step, b_bound), b_tau)
                     b_tau = b_bound
             b_least, b_most = sum_bounds(rows, b_row_mass, b_row_power, keys, BN, ORDER)
-            b_likely, b_margin = likely_step(rows, m_row, b_row_mass, b_row_power, ORDER)
+            b_likely, b_margin = likely_step(
+                rows, m_row, b_row_mass, b_row_power, keys, left_mass, ORDER
+            )
             b_tau += tl.maximum(bound_step(b_least, b_most, b_exponent, ORDER), b_likely)
             # Such that their difference is exact.
             b_margin = tl.where(m_row, b_tau - (b_tau - b_margin), 0.0)
@@ -318,8 +322,10 @@ def prefill_thresholds_kernel(
                     kept // each, D, DP, BN, ORDER, ALIBI, WINDOW, STAGES,
                 )  # fmt: skip
                 b_row_mass, b_row_power = tl.sum(b_mass, 1), tl.sum(b_power, 1)
-                # Down from a likely threshold to a lower bound, but not past the one before it.
+                # Down from a likely threshold to a lower bound, but not past the one before it, and
+                # as far as that where little mass is left, which rounding may have changed much.
                 b_step = guess_step(b_row_mass, b_row_power, 1.0, b_exponent, ORDER)
+                b_step = tl.where(b_row_mass >= LITTLE_MASS, b_step, LEAST)
                 b_step = tl.maximum(b_step, b_margin * (-1.0 / BACK))
                 m_above = b_step < -b_margin
                 # Units are flagged down to the margin.

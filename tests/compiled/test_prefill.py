@@ -131,6 +131,24 @@ def test_a_likely_threshold_that_is_too_high_is_stepped_back_from(monkeypatch, d
 
 
 @dtypes
+def test_a_likely_threshold_just_below_the_highest_score_does_not_hide_the_second(dtype):
+    """What rounding leaves of a little mass, added up with a wide margin, does not say how far
+    below the threshold is. Rows differ in one score, on which the likely threshold depends."""
+    scene = make_scene([458], kv_heads=1, group=1, dtype=dtype, filled=False)
+    scores = torch.full((458,), -20.0)
+    scores[[257, 108, 193, 13, 245]] = torch.tensor([23.37, 22.47, 18.05, 17.34, 16.5])
+    scores[[276, 333, 81, 335]] = torch.tensor([15.8, 15.34, 14.86, 14.82])
+    scene.key[0][:] = 0
+    scene.key[0][:, 0, 0] = scores * 2 / scene.scale
+    scene.key[0][185, 0, :2] = torch.tensor([0.0, 2 / scene.scale])
+    scene.query[0][:] = 0
+    scene.query[0][..., 0] = 1
+    scene.query[0][-100:, 0, 1] = torch.linspace(20, 21, 100)
+    scene.append_all()
+    check(scene, [100])
+
+
+@dtypes
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.1], ids="alpha {}".format)
 @pytest.mark.parametrize("others", [1, 150], ids=["one high key", "half of the keys high"])
 def test_high_scores_that_the_seed_misses_are_found(dtype, alpha, others):
