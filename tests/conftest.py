@@ -8,6 +8,8 @@ from entmaxkv_vllm import DEMO_MODEL
 
 # In-process engines: their memory can be looked at, and a start takes 6 seconds instead of 35.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# To ask PyTorch for a GPU while tests are collected can leave forked workers without one.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # One thread a process: on busy cores, threads that wait for each other cost more than they gain.

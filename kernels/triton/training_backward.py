@@ -50,7 +50,7 @@ def accumulate_query_gradient(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def entmax_attention_query_gradient_kernel(
     p_q,  # [B, H, T, D]
     p_k,  # [B, H // G, T, D]
@@ -180,7 +180,7 @@ def accumulate_key_value_gradients(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def entmax_attention_key_value_gradient_kernel(
     p_q,  # [B, H, T, D]
     p_k,  # [B, H // G, T, D]

@@ -129,7 +129,7 @@ def accumulate_outputs(
     return b_s1, b_s2, b_o, b_o2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def entmax_attention_forward_kernel(
     p_q,  # [B, H, T, D]
     p_k,  # [B, H // G, T, D]
