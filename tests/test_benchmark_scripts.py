@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import benchmark_decode
 import benchmark_layers
 import benchmark_reference_system
+import benchmark_serving
 import pytest
 import torch
 
@@ -132,3 +133,26 @@ def test_attention_is_timed_between_the_products_of_each_layer(monkeypatch):
         # Of a busy host's clock nothing more is certain.
         assert row["us"] != 0 and math.isfinite(row["us"])
     assert rows[0]["ratio_fa3"] == 1
+
+
+def test_the_time_per_token_is_the_median_of_captures_each_of_graphs_of_its_own(monkeypatch):
+    captured = []
+    times = {0: [[3.0, 3.0], [3.0], [9.0]], 1: [[1.0], [1.0], [1.0]], 2: [[2.0], [2.0, 2.0], [2.0]]}
+    left = {capture: iter(windows) for capture, windows in times.items()}
+    monkeypatch.setattr(benchmark_serving, "capture_anew", captured.append)
+    monkeypatch.setattr(
+        benchmark_serving,
+        "time_per_token",
+        lambda llm, context, requests: next(left[len(captured)]),
+    )
+    row = benchmark_serving.measure("engine", 2048, 1, captures=3)
+    assert captured == ["engine", "engine"]
+    assert row["captures_ms"] == [3.0, 1.0, 2.0] and row["tpot_ms"] == 2.0
+    assert row["mean_ms"] == [3.0, 3.0, 9.0, *[1.0] * 3, *[2.0] * 3]
+
+
+def test_graphs_of_the_default_model_runner_can_be_captured_anew():
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert callable(CudaGraphManager.release_graphs) and callable(GPUModelRunner.capture_model)
