@@ -61,6 +61,10 @@ def store_rounding(
     per sum of a page's two scales, and besides, and this sum of the last page, which is read
     without being ranked, [rows, G, 3]; see `sound_bounds` in `reference/quest.py`."""
     ROUNDING: tl.constexpr = 4 * D * 2.0**-23
+    # Two loads one after the other: they go out first.
+    p_scale += tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64) * (s_page // 4)
+    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
+    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
     b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0) + QUERY_MIN
     p_own = p_rounding + (i_row * G + o_g) * 3
     tl.store(p_own, b_size * b_scale * (ROUNDING * 127), mask=o_g < G)
@@ -68,9 +72,6 @@ def store_rounding(
     if ALIBI:
         b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
     tl.store(p_own + 1, b_fixed, mask=o_g < G)
-    p_scale += tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64) * (s_page // 4)
-    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
-    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
     tl.store(p_own + 2, b_size * 0.0 + span, mask=o_g < G)
 
 
@@ -140,6 +141,8 @@ def box_kernel(
         b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
         o_scale = b_page.to(tl.int64) * (s_page // 4)
         b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
+        if CERTIFY:
+            b_radius = tl.load(p_scale + o_scale + 2)
         b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
         b_center *= b_center_scale[:, None]
         b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
@@ -153,8 +156,7 @@ def box_kernel(
             b_both = b_center_scale + b_half_scale
             b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
         if CERTIFY:
-            b_radius = tl.load(p_scale + o_scale + 2)[:, None]
-            b_bound = (b_center + b_radius * b_spread) * b_scale[None, :]
+            b_bound = (b_center + b_radius[:, None] * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
             o_bound = o_g[None, :] * page_stride + o_page[:, None]
