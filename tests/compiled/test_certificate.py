@@ -97,8 +97,11 @@ def test_budgets_of_some_thousand_tokens_are_certified():
 
 
 @pytest.mark.parametrize("held", [HELD, 0], ids=["scores in registers", "scores in lists"])
-def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 4], ids=["one program", "four that share a head"])
+def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, parts, monkeypatch):
     monkeypatch.setattr(workspace, "HELD_LISTED", held)
+    monkeypatch.setattr(workspace.Shape, "value_parts", parts)
+    monkeypatch.setattr(workspace.Shape, "certificate_parts", lambda *_: parts)
     monkeypatch.setattr(workspace.Shape, "certificate_tile", lambda *_: 16)
     found = check(tight_scene([1100, 300]), TopK(96), alpha=MIXED, alibi_slopes=SLOPES)
     assert ((found > 0) & (found < 1)).any()
