@@ -21,8 +21,8 @@ HALF_STEP = tl.constexpr(2.0**-25)
 # Of a likely step: a tenth of it and what changes the mass by some 4% may be stepped back.
 BACK = tl.constexpr(0.1)
 BACK_POWER = tl.constexpr(0.02)
-# A sum of 16 terms past a margin is off by at most 2 ** -16 of the margin's square: with that of
-# all keys no more than half of the mass that may be left.
+# A sum of 16 terms past a margin that none is above is off by at most 2 ** -16 of the margin's
+# square: with that of all keys no more than half of the mass that may be left.
 MARGIN_SQUARES = tl.constexpr(2.0**19)
 
 

@@ -11,12 +11,13 @@ from reference.test_precision import assert_no_worse, straightforward_attention
 
 from entmaxkv_kernels.triton.prefill import prefill
 from entmaxkv_kernels.triton.prefill_rough import (
+    likely_step,
     rough_moments,
     scaled_rows,
     sum_bounds,
     unscaled,
 )
-from entmaxkv_kernels.triton.prefill_tiles import heads_in_turn, tile_of
+from entmaxkv_kernels.triton.prefill_tiles import heads_in_turn, moments, tile_of
 
 from .device import DEVICE, DTYPES, on_device
 
@@ -130,20 +131,38 @@ def test_a_likely_threshold_that_is_too_high_is_stepped_back_from(monkeypatch, d
     check(scene, [3])
 
 
+SPREAD_SCORES = {
+    "wider than sums allow": (
+        {257: 23.37, 108: 22.47, 193: 18.05, 13: 17.34, 245: 16.5, 276: 15.8}
+        | {333: 15.34, 81: 14.86, 335: 14.82},
+        (20, 21),
+        458,
+    ),
+    "as wide as they allow": (
+        {328: 3.40625, 132: 2.984375, 265: 1.8125, 112: 1.46875, 165: 1.15625, 197: 1.671875}
+        | {357: 1.03125, 113: 2.703125, 47: 2.671875, 89: 1.25, 262: 2.84375, 391: 0},
+        (0.375, 0.875),
+        512,
+    ),
+}
+
+
 @dtypes
-def test_a_likely_threshold_just_below_the_highest_score_does_not_hide_the_second(dtype):
+@pytest.mark.parametrize("high, differing, keys", SPREAD_SCORES.values(), ids=SPREAD_SCORES)
+def test_a_likely_threshold_just_below_the_highest_score_does_not_hide_the_second(
+    high, differing, keys, dtype
+):
     """What rounding leaves of a little mass, added up with a wide margin, does not say how far
     below the threshold is. Rows differ in one score, on which the likely threshold depends."""
-    scene = make_scene([458], kv_heads=1, group=1, dtype=dtype, filled=False)
-    scores = torch.full((458,), -20.0)
-    scores[[257, 108, 193, 13, 245]] = torch.tensor([23.37, 22.47, 18.05, 17.34, 16.5])
-    scores[[276, 333, 81, 335]] = torch.tensor([15.8, 15.34, 14.86, 14.82])
+    scene = make_scene([keys], kv_heads=1, group=1, dtype=dtype, filled=False)
+    scores = torch.full((keys,), -20.0)
+    scores[list(high)] = torch.tensor(list(high.values()))
     scene.key[0][:] = 0
     scene.key[0][:, 0, 0] = scores * 2 / scene.scale
     scene.key[0][185, 0, :2] = torch.tensor([0.0, 2 / scene.scale])
     scene.query[0][:] = 0
     scene.query[0][..., 0] = 1
-    scene.query[0][-100:, 0, 1] = torch.linspace(20, 21, 100)
+    scene.query[0][-100:, 0, 1] = torch.linspace(*differing, 100)
     scene.append_all()
     check(scene, [100])
 
@@ -201,6 +220,38 @@ def test_rough_sums_are_between_their_bounds(height):
     assert ((bounds[:2] <= sums) & (sums <= bounds[2:]) | bounds[:2].isinf()).all()
     if height <= 1:
         assert (bounds[2:] - bounds[:2] <= 0.03 * sums + 1e-5).all()
+
+
+@triton.jit
+def margin_kernel(p_z, p_power, p_sums, keys, left_mass, BM: tl.constexpr, BN: tl.constexpr):
+    """Likely step, margin, and mass [3, BM] of z [BM, BN] past the margin above a threshold of 0,
+    of rows that had a mass of 1."""
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    b_one = tl.full([BM], 1.0, tl.float32)
+    # Of what the queries are, the dtype alone counts.
+    rows = b_one.to(tl.float16), b_one, b_one, b_one, o_m, 0, 0, 0, 0
+    b_power = tl.load(p_power + o_m)
+    b_step, b_margin = likely_step(rows, o_m >= 0, b_one, b_power, keys, left_mass, 2)
+    b_z = tl.load(p_z + o_m[:, None] * BN + o_n[None, :])
+    b_mass, _, _, _ = moments(rows, b_z, b_one - 1.0, b_margin, 2)
+    tl.store(p_sums + o_m, b_step)
+    tl.store(p_sums + BM + o_m, b_margin)
+    tl.store(p_sums + 2 * BM + o_m, tl.sum(b_mass, 1))
+
+
+@pytest.mark.parametrize("keys", [512, 1 << 17])
+def test_sums_past_a_margin_are_off_by_half_of_what_may_be_left_or_there_is_none(keys):
+    """Keys far below the threshold, whose roundings add up, and margins to twice the widest."""
+    left_mass, rows = launches.LEFT_MASS[torch.float16], 64
+    widest = (2.0**19 * left_mass / keys) ** 0.5
+    power = 0.02 / torch.linspace(0.5 * widest, 2 * widest, rows, device=DEVICE)
+    z = torch.full((rows, 128), -4 * widest, device=DEVICE)
+    sums = torch.full((3, rows), torch.nan, device=DEVICE)
+    margin_kernel[(1,)](z, power, sums, keys, left_mass, rows, 128)
+    step, margin, mass = sums
+    assert (step == 0).all()  # masses are one
+    assert (margin[: rows // 4] > 0).all() and (margin[rows // 2 :] == 0).all()
+    assert (mass.abs() * (keys / 128) <= 0.5 * left_mass).all()
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "not sampled"])
