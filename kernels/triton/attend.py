@@ -128,7 +128,7 @@ def store_head(
         tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
 
 
-# Bounds whose rows are not aligned have one element per thread in loads, as marks have.
+# Bounds whose rows are not aligned have one element per thread in loads: no exchange.
 @triton.jit(do_not_specialize=["page_stride", "rows"])
 def attend_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
