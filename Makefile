@@ -29,8 +29,9 @@ lint: $(STAMPS)/develop
 	MYPYPATH=build/mypy $(BIN)/mypy
 
 pictures: $(STAMPS)/develop
-	rm -f docs/pictures/*.svg
-	$(BIN)/entmaxkv plot docs/results/*.json --out docs/pictures
+	rm -rf build/pictures docs/pictures/*.svg
+	$(BIN)/entmaxkv plot docs/results/*.json --out build/pictures
+	cd build/pictures && cp $$(grep -oh '[^/]*\.svg' ../../README.md ../../docs/*.md | sort -u) ../../docs/pictures
 
 setup: $(STAMPS)/run
 

@@ -122,11 +122,14 @@ ATTENTION_TITLES += ["certified", "least slack of the bound"]
 
 def position_cells(rows: list[Row]) -> list[str]:
     """Dropped mass in each part of the positions, over layers and heads."""
-    cells = []
-    for parts in zip(*(row["dropped_mass"]["by_position"] for row in rows), strict=True):
-        mean = sum(part["mean"] for part in parts) / len(parts)
-        cells.append(f"{number(mean)} ({number(max(part['worst'] for part in parts))})")
-    return cells
+    layers = [row["dropped_mass"]["by_position"] for row in rows]
+    means, worst = (
+        zip(*(layer[key] for layer in layers), strict=True) for key in ("mean", "worst")
+    )
+    return [
+        f"{number(sum(mean) / len(mean))} ({number(max(most))})"
+        for mean, most in zip(means, worst, strict=True)
+    ]
 
 
 def attention_tables() -> Iterator[str]:

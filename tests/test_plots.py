@@ -35,9 +35,15 @@ def texts(path):
     return [" ".join("".join(element.itertext()).split()) for element in found]
 
 
-def test_the_committed_pictures_are_those_of_the_committed_results(drawn, matplotlib):
+def test_pages_show_all_committed_pictures_and_these_are_of_the_committed_results(
+    drawn, matplotlib
+):
     committed = {path.name: path for path in (DOCS / "pictures").glob("*.svg")}
-    assert {path.name for path in drawn.iterdir()} == committed.keys()
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    shown = {
+        name for page in pages for name in re.findall(r"pictures/(\S+\.svg)\)", page.read_text())
+    }
+    assert shown == committed.keys()
     for name, path in committed.items():
         assert path.stat().st_size < LARGEST
         assert texts(path) == texts(drawn / name), f"{name}: run make pictures"

@@ -1,6 +1,7 @@
 """Many values in few numbers: means, quantiles, and the worst."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,14 +24,14 @@ def summary(values: Tensor, worst: str) -> dict[str, float]:
 
 
 def place_summaries(values: Tensor, worst: str) -> dict[str, Any]:
-    """Of values [positions, heads]: all together, by head, and by position."""
+    """Of values [positions, heads]: all together, and lists by head and by position."""
 
-    def short(part: Tensor) -> dict[str, float]:
-        whole = summary(part, worst)
-        return {key: whole[key] for key in ("mean", "p99", "worst")}
+    def short(parts: Sequence[Tensor]) -> dict[str, list[float]]:
+        wholes = [summary(part, worst) for part in parts]
+        return {key: [whole[key] for whole in wholes] for key in ("mean", "p99", "worst")}
 
     return {
         **summary(values, worst),
-        "by_head": [short(head) for head in values.unbind(1)],
-        "by_position": [short(part) for part in values.chunk(POSITION_BINS)],
+        "by_head": short(values.unbind(1)),
+        "by_position": short(values.chunk(POSITION_BINS)),
     }
