@@ -342,6 +342,8 @@ def main() -> None:
     parser.add_argument("--run", default="A", help="name of this run in its rows")
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
+    if args.captures < 1:
+        parser.error(f"--captures is {args.captures}: give at least 1")
     measured = about(args.commit)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     spawn = multiprocessing.get_context("spawn")

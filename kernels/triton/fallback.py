@@ -80,13 +80,13 @@ def left_heads(
 
 @triton.jit
 def make_up_row(
-    p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens, p_exact_rows,
-    p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out,
-    p_counters, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
+    p_query, p_key, p_value, p_pages, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
+    p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters,
+    p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
     m_left, number, together, meetings, i_b, i_h, i_row, n, first, entries,
-    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
+    s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, list_stride, window,
     exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     SHARES: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
@@ -280,13 +280,12 @@ def make_up(
             )  # fmt: skip
             if tl.max(m_left.to(tl.int32), 0) > 0:
                 meetings = make_up_row(
-                    p_query, p_key, p_value, p_pages, p_block_table, p_listed_count, p_seq_lens,
-                    p_exact_rows, p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial,
-                    p_total, p_support, p_out, p_counters, p_certificate, p_bound, p_span,
-                    p_rounding, p_unread_mass, m_left, number, together, meetings, i_b, i_h, i_row,
-                    n, first, entries, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head,
-                    s_block_table, list_stride, window, exact_below, scale, factor, exponent,
-                    value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP,
-                    CLASSES, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
-                    EXACT_ROWS, CERTIFY, COUNT,
+                    p_query, p_key, p_value, p_pages, p_listed_count, p_seq_lens, p_exact_rows,
+                    p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total,
+                    p_support, p_out, p_counters, p_certificate, p_bound, p_span, p_rounding,
+                    p_unread_mass, m_left, number, together, meetings, i_b, i_h, i_row, n, first,
+                    entries, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, list_stride,
+                    window, exact_below, scale, factor, exponent, value_scale, page_stride,
+                    s_certificate, G, GP, D, DP, P, BK, S, SP, CLASSES, SHARES, WINDOW, LISTED,
+                    ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
                 )  # fmt: skip

@@ -72,7 +72,7 @@ def store_rounding(
     if ALIBI:
         b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
     tl.store(p_own + 1, b_fixed, mask=o_g < G)
-    tl.store(p_own + 2, b_size * 0.0 + span, mask=o_g < G)
+    tl.store(p_own + 2, tl.zeros_like(b_size) + span, mask=o_g < G)
 
 
 @triton.jit(do_not_specialize=["early"])
