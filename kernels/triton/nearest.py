@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from .entmax import sum_pairs
-from .pages import NEVER, WARP, count_read, list_last, places, ranked_pages, store_pages
+from .pages import (
+    NEVER,
+    WARP,
+    count_read,
+    gathered_places,
+    list_last,
+    places,
+    ranked_pages,
+    store_pages,
+)
 from .scores import allow_next, await_previous
 
 # Distances are whole steps, so many between the best page and the worst: nearly as fine as what
@@ -62,17 +71,16 @@ def measure(b_reach, b_peak, steps, o_page, count, G: tl.constexpr):
 
 
 @triton.jit
-def narrow(found, nearer, far, trial, count, wanted):
-    """What `find` knows once `count` pages were found below a trial, in whatever order it tries."""
-    within = count <= wanted
-    farther = within & (trial > found)
-    nearer = tl.where(farther, count, nearer)
-    return tl.where(farther, trial, found), nearer, tl.where(within, far, tl.minimum(far, trial))
+def are_nearer(b_distance, trial):
+    """1 for pages nearer than a trial, 0 for others: the sign of what lies between, as the compiler
+    takes one predicate for all comparisons, each of which waits for the one before."""
+    return (b_distance - trial).to(tl.uint32, bitcast=True) >> 31
 
 
 @triton.jit
 def try_four(b_distance, found, far):
-    """Four distances between two, and how many of at most 2 ** 16 pages are nearer than each."""
+    """Four distances between two, rising, and how many of at most 2 ** 16 pages are nearer than
+    each."""
     # About the fifths; 51 / 256 is a little less than one.
     fifth = (far - found) * 51
     first = found + tl.maximum(fifth >> 8, 1)
@@ -80,8 +88,8 @@ def try_four(b_distance, found, far):
     third = found + tl.maximum(fifth * 3 >> 8, 1)
     fourth = found + tl.maximum(fifth * 4 >> 8, 1)
     # Counts are at most 2 ** 16 - 1, so one sum serves two.
-    b_low = (b_distance < first).to(tl.uint32) + ((b_distance < second).to(tl.uint32) << 16)
-    b_high = (b_distance < third).to(tl.uint32) + ((b_distance < fourth).to(tl.uint32) << 16)
+    b_low = are_nearer(b_distance, first) + (are_nearer(b_distance, second) << 16)
+    b_high = are_nearer(b_distance, third) + (are_nearer(b_distance, fourth) << 16)
     low, high = sum_pairs((b_low, b_high))
     return (
         (first, second, third, fourth),
@@ -92,6 +100,23 @@ def try_four(b_distance, found, far):
             (high >> 16).to(tl.int32),
         ),
     )
+
+
+@triton.jit
+def last_within(found, nearer, trials, counts, wanted):
+    """The largest of rising distances below which lie at most `wanted` pages, and how many do."""
+    for i in tl.static_range(4):
+        found = tl.where(counts[i] <= wanted, trials[i], found)
+        nearer = tl.where(counts[i] <= wanted, counts[i], nearer)
+    return found, nearer
+
+
+@triton.jit
+def first_beyond(far, trials, counts, wanted):
+    """The least of rising distances below which lie more than `wanted` pages."""
+    for i in tl.static_range(3, -1, -1):
+        far = tl.where(counts[i] > wanted, trials[i], far)
+    return far
 
 
 @triton.jit
@@ -109,8 +134,8 @@ def find(b_distance, found, far, nearer, within, wanted, slack):
         found, nearer = far, wanted
     while (far - found > 1) & (nearer < wanted - slack):
         trials, counts = try_four(b_distance, found, far)
-        for i in tl.static_range(3, -1, -1):
-            found, nearer, far = narrow(found, nearer, far, trials[i], counts[i], wanted)
+        found, nearer = last_within(found, nearer, trials, counts, wanted)
+        far = first_beyond(far, trials, counts, wanted)
     return found, nearer
 
 
@@ -122,13 +147,19 @@ def place_nearest(
     than `found`, and of a row's pages that are as near of the earliest `ties`.
 
     before, tied_before: how many of either kind come before these. Also returns how many come
-    before the pages after them.
+    before the pages after them; of those as near only where any is wanted.
     """
-    m_nearer, m_tied = b_distance < found, b_distance == found
-    b_nearer, b_tied, nearer, tied = places(m_nearer, m_tied, BL, CHAINED)
-    b_tied += tied_before
-    m_chosen = m_nearer | (m_tied & (b_tied < ties))
-    b_place = tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
+    if ties > 0:
+        b_nearer, b_tied, nearer, tied = places(
+            b_distance < found, b_distance == found, BL, CHAINED
+        )
+        b_tied += tied_before
+        m_chosen = (b_distance < found) | ((b_distance == found) & (b_tied < ties))
+        b_place = tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
+    else:
+        tied = tl.full([], 0, tl.int32)
+        b_nearer, nearer = gathered_places(b_distance < found, BL, CHAINED)
+        b_place = tl.where(b_distance < found, before + b_nearer, NEVER)
     return b_place, before + nearer, tied_before + tied
 
 
@@ -156,7 +187,7 @@ def list_few(
         b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
         found, nearer = find(b_distance, 0, STEPS, 0, ranked, budget, 0)
         b_place, _, _ = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
-    m_own = (b_place < NEVER) & (b_place // PAGES % S == i_s)
+    m_own = (b_place < NEVER) & (b_place.to(tl.uint32) // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
 
 

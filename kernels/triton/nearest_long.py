@@ -16,11 +16,12 @@ import triton.language as tl
 from .nearest import (
     STEPS,
     find,
+    first_beyond,
+    last_within,
     list_own,
     load_extremes,
     load_reach,
     measure,
-    narrow,
     place_nearest,
     row_scale,
     try_four,
@@ -75,10 +76,9 @@ def bracket(b_distance, within, lower, upper, slack):
         found, nearer = far, none + upper
     while (far - found > 1) & (nearer < upper - slack):
         trials, counts = try_four(b_distance, found, far)
-        for i in tl.static_range(3, -1, -1):
-            m_low = (counts[i] <= lower) & (trials[i] > low)
-            low, below = tl.where(m_low, trials[i], low), tl.where(m_low, counts[i], below)
-            found, nearer, far = narrow(found, nearer, far, trials[i], counts[i], upper)
+        low, below = last_within(low, below, trials, counts, lower)
+        found, nearer = last_within(found, nearer, trials, counts, upper)
+        far = first_beyond(far, trials, counts, upper)
     # Where no distance has the wanted number of pages below it, the next one has more.
     return low, below, found + 1
 

@@ -80,6 +80,22 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
+def gathered_places(m_page, BL: tl.constexpr, CHAINED: tl.constexpr):
+    """A place in a list for each page of a mask [BL], and how many they are.
+
+    Pages that a thread holds are neighbours, so that it counts its own alone; in their order would
+    take two sums of a warp for every page that it holds.
+    """
+    THREADS: tl.constexpr = min(BL, tl.extra.cuda.num_threads() if CHAINED else 128)
+    o_own = tl.arange(0, BL // THREADS).to(tl.uint32)[:, None]
+    b_word = tl.sum(tl.reshape(m_page.to(tl.uint32), [BL // THREADS, THREADS]) << o_own, 0)
+    b_count = count_bits(b_word, CHAINED)  # [THREADS]
+    b_before = count_bits(b_word[None, :] & ((1 << o_own) - 1), CHAINED)
+    b_place = (tl.cumsum(b_count, 0) - b_count)[None, :] + b_before
+    return tl.reshape(b_place, [BL]), tl.sum(b_count, 0)
+
+
+@triton.jit
 def list_last(p_list, last_page, chosen, ranked, list_stride):
     """Lists the last page of a ranked row after its chosen ones."""
     if ranked > 0:

@@ -1,0 +1,66 @@
+"""The last page of a budget, and the places of the chosen ones, against plain sorting."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from entmaxkv_kernels.triton.decode import can_chain
+from entmaxkv_kernels.triton.nearest import STEPS, find, place_nearest
+
+from .device import DEVICE
+
+
+@triton.jit
+def choose_kernel(
+    p_distance, p_place, p_found, wanted, slack,
+    BL: tl.constexpr, STEPS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    b_distance = tl.load(p_distance + tl.arange(0, BL))
+    found, nearer = find(b_distance, 0, STEPS, 0, BL, wanted, slack)
+    b_place, chosen, _ = place_nearest(b_distance, found, wanted - nearer, 0, 0, BL, CHAINED)
+    tl.store(p_place + tl.arange(0, BL), b_place)
+    tl.store(p_found, found)
+    tl.store(p_found + 1, nearer)
+    tl.store(p_found + 2, chosen)
+
+
+def choose(distance, wanted, *, slack=0, warps=4):
+    """Places [BL], and what `find` found, how many are nearer, and how many `place_nearest` has."""
+    place, found = torch.empty_like(distance), torch.empty(3, dtype=torch.int32, device=DEVICE)
+    chained = can_chain(torch.device(DEVICE))
+    choose_kernel[(1,)](
+        distance, place, found, wanted, slack, len(distance), STEPS.value, chained, num_warps=warps
+    )
+    return place.cpu(), *found.tolist()
+
+
+def distances(kind, pages):
+    generator = torch.Generator().manual_seed(pages)
+    drawn = torch.rand(pages, generator=generator)
+    drawn = {"different": drawn, "crowded": drawn**8, "few": (drawn * 5).floor() / 5}[kind]
+    return (drawn * STEPS.value).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("warps", [4, 8], ids="{} warps".format)
+@pytest.mark.parametrize("pages", [32, 256, 4096], ids="{} pages".format)
+@pytest.mark.parametrize("kind", ["different", "crowded", "few"])
+def test_the_nearest_pages_have_a_place_each(kind, pages, warps):
+    distance = distances(kind, pages)
+    order = distance.cpu().sort(stable=True).indices
+    for wanted in {0, 1, pages // 20, pages // 2 + 1, pages - 1, pages}:
+        place, found, nearer, chosen = choose(distance, wanted, warps=warps)
+        assert nearer == (distance < found).sum() <= wanted
+        assert nearer == wanted or (distance <= found).sum() > wanted
+        # Of pages as near the earlier ones, which a stable order has first.
+        assert (place[order[:wanted]].sort().values == torch.arange(wanted)).all()
+        assert (place[order[wanted:]] >= pages).all()
+        assert chosen == nearer
+
+
+@pytest.mark.parametrize("slack", [3, 50], ids="{} less will do".format)
+def test_a_distance_that_has_nearly_enough_pages_will_do(slack):
+    distance = distances("different", 1024)
+    _, found, nearer, _ = choose(distance, 300, slack=slack)
+    assert 300 - slack <= nearer <= 300
+    assert nearer == (distance < found).sum()
