@@ -59,8 +59,9 @@ def highest_of_classes(p_reach, i_g, o_c, classes, ranked, GW: tl.constexpr, BJ:
 def first_kernel(
     p_query, p_key, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes, p_reach, p_spread,
     p_first_page, p_first_score, p_first_reach,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below,
+    s_query_b, s_query_h, s_head, s_block_table, page_stride, exact_below,
     scale, factor, exponent,
+    s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, FIRST: tl.constexpr, MOST: tl.constexpr,
     FT: tl.constexpr, BJ: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
@@ -181,8 +182,9 @@ def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
 def wanted_kernel(
     p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_span,
     p_rounding, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
-    s_page, s_head, s_block_table, page_stride, exact_below, factor,
+    s_head, s_block_table, page_stride, exact_below, factor,
     exponent, margin, reach, guard,
+    s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr, FPP: tl.constexpr,
     FN: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,

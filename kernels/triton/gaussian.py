@@ -31,7 +31,8 @@ LAST_STEP = tl.constexpr(2e-3)
 def model_kernel(
     p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_slopes,
     p_reach, p_deviation, p_model,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, page_stride, exact_below, scale,
+    s_query_b, s_query_h, s_head, s_block_table, page_stride, exact_below, scale,
+    s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     EXACT_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,

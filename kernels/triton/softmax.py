@@ -17,7 +17,8 @@ from .values import weighted_columns
 def softmax_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha,
     p_slopes, p_maximum, p_partial, p_total, p_support, p_bound,
-    s_query_b, s_query_h, s_page, s_head, s_block_table, list_stride, page_stride, window, scale,
+    s_query_b, s_query_h, s_head, s_block_table, list_stride, page_stride, window, scale,
+    s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
