@@ -34,58 +34,6 @@ def widen(b_small):
 
 
 @triton.jit
-def lift(b_small):
-    """Signed 8-bit numbers, raised by 128, in fp16 as so many of its least numbers.
-
-    That takes a third of the instructions that bf16 takes, and multiplies as exactly.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-            .reg .b32 %lifted;
-            xor.b32 %lifted, $2, 0x80808080;
-            prmt.b32 $0, %lifted, 0, 0x4140;
-            prmt.b32 $1, %lifted, 0, 0x4342;
-        }""",
-        "=r,=r,r",
-        [b_small],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def center_queries(b_q):
-    """Queries [DP, GP] as `sum_centers` takes them, with what it takes away and multiplies by.
-
-    bf16 ones in fp16, times a power of two by which the largest of each head comes near to the
-    largest of fp16: what is less by so much that it loses digits is lost beside it in any sum.
-    """
-    if b_q.dtype == tl.bfloat16:
-        b_wide = b_q.to(tl.float32)
-        # Bits of an exponent, within which both powers exist.
-        b_power = tl.max(tl.abs(b_wide), 0).to(tl.uint32, bitcast=True) >> 23
-        b_power = tl.minimum(tl.maximum(b_power, 15), 244)
-        b_factor = ((268 - b_power) << 23).to(tl.float32, bitcast=True)
-        b_unit = ((b_power + 10) << 23).to(tl.float32, bitcast=True)
-        b_q = (b_wide * b_factor[None, :]).to(tl.float16)
-        b_raised = tl.sum(b_q.to(tl.float32), 0) * 2.0**-17
-        return b_q, b_raised, b_unit
-    else:
-        b_zero = tl.sum(b_q, 0) * 0.0
-        return b_q, b_zero, b_zero
-
-
-@triton.jit
-def sum_centers(b_center, b_q, b_raised, b_unit, BF16: tl.constexpr):
-    """Sums over the channels of centers [BP, DP] times queries, [BP, GP]."""
-    if BF16:
-        return (tl.dot(lift(b_center), b_q) - b_raised[None, :]) * b_unit[None, :]
-    else:
-        return tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
-
-
-@triton.jit
 def sum_squares(b_half, b_q):
     """Sums over the channels of squares of half-widths [BP, DP] times those of queries [DP, GP],
     [BP, GP]. For queries of 16 bits squares are rounded to bf16, which has the range of theirs."""
@@ -179,7 +127,6 @@ def box_kernel(
         if CERTIFY:
             tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
         return
-    b_q_center, b_raised, b_unit = center_queries(b_q)
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
@@ -197,7 +144,7 @@ def box_kernel(
         b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
         if CERTIFY:
             b_radius = tl.load(p_scale + o_scale + 2)
-        b_center = sum_centers(b_center, b_q_center, b_raised, b_unit, b_q.dtype == tl.bfloat16)
+        b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
         b_center *= b_center_scale[:, None]
         b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
         b_reach = (b_center + b_spread) * b_scale[None, :]  # [BP, GP]

@@ -164,12 +164,8 @@ class Shape:
     @cached_property
     def page_tile(self) -> int:
         """Pages whose statistics are scored together: 32 KiB of them where they are multiplied, at
-        most 64 pages. Where programs have more than one such tile they take two at once: for each
-        page that is a fifth of the instructions less, and all that they read is asked for sooner.
-        """
-        pages = max(16, min(64, (1 << 14) // self.row_size))
-        doubled = self.selector != "gaussian" and self.row_size <= 256
-        return 2 * pages if doubled and self.max_pages > self._programs(4) * pages else pages
+        most 64 pages."""
+        return max(16, min(64, (1 << 14) // self.row_size))
 
     @cached_property
     def splits(self) -> int:
