@@ -72,8 +72,8 @@ def measure(b_reach, b_peak, steps, o_page, count, G: tl.constexpr):
 
 @triton.jit
 def are_nearer(b_distance, trial):
-    """1 for pages nearer than a trial, 0 for others: the sign of what lies between, as the compiler
-    takes one predicate for all comparisons, each of which waits for the one before."""
+    """1 for pages nearer than a trial, 0 for others, by the sign of the difference: for comparisons
+    the compiler takes one predicate, and each waits for the one before."""
     return (b_distance - trial).to(tl.uint32, bitcast=True) >> 31
 
 
@@ -147,7 +147,8 @@ def place_nearest(
     than `found`, and of a row's pages that are as near of the earliest `ties`.
 
     before, tied_before: how many of either kind come before these. Also returns how many come
-    before the pages after them; of those as near only where any is wanted.
+    before the pages after them; of those as near only where any is wanted. Only then are pages
+    listed in their order.
     """
     if ties > 0:
         b_nearer, b_tied, nearer, tied = places(
@@ -201,7 +202,7 @@ def list_own(
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row, of at most BL pages, that
-    split i_s reads, in their order: of S splits every S-th PAGES.
+    split i_s reads: of S splits every S-th PAGES of the list.
 
     Every split stores their number, the same, and reads what it has stored itself. A row of few
     pages is not made to pay for the room that others have.
@@ -241,7 +242,7 @@ def choose_kernel(
     PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the chosen pages of one short row in their order."""
+    """Lists the chosen pages of one short row."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     list_own(
         p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,

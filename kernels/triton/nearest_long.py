@@ -26,7 +26,15 @@ from .nearest import (
     row_scale,
     try_four,
 )
-from .pages import NEVER, list_rest, load_table, places, ranked_pages, store_pages
+from .pages import (
+    NEVER,
+    gathered_places,
+    list_rest,
+    load_table,
+    places,
+    ranked_pages,
+    store_pages,
+)
 from .scores import allow_next, await_previous
 
 # Pages of a long row that stand for all, at most.
@@ -252,7 +260,7 @@ def distance_kernel(
             tl.store(p_bracket + 2 * i_row, low)
             tl.store(p_bracket + 2 * i_row + 1, high)
         m_before, m_member = b_distance < low, (b_distance >= low) & (b_distance < high)
-        b_place, _, members, _ = places(m_member, m_member, BL, CHAINED)
+        b_place, members = gathered_places(m_member, BL, CHAINED)
         tl.store(p_tile_count + i_row * NT + i_t, tl.sum(m_before.to(tl.int32), 0))
         b_place += tl.atomic_add(p_member_count + i_row, members, sem="relaxed")
         p_m = p_members + i_row.to(tl.int64) * (2 * BM) + b_place

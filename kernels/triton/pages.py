@@ -1,8 +1,8 @@
 """What the page selectors share: the pages they rank, and the lists of those they choose.
 
 Every page but the last is ranked. What its query heads make of a page becomes one number per KV
-head, its distance, an integer; the pages of the least distances are listed in their order, and the
-last page after them.
+head, its distance, an integer; the pages of the least distances are listed, and the last page after
+them.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -81,10 +81,10 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
 
 @triton.jit
 def gathered_places(m_page, BL: tl.constexpr, CHAINED: tl.constexpr):
-    """A place in a list for each page of a mask [BL], and how many they are.
+    """Places in a list [BL] of the pages of a mask, from 0 on, and how many they are.
 
-    Pages that a thread holds are neighbours, so that it counts its own alone; in their order would
-    take two sums of a warp for every page that it holds.
+    Those that a thread holds are neighbours in it: it counts its own, and threads are counted once.
+    To list pages in their order takes the sum of a warp for each page that a thread holds.
     """
     THREADS: tl.constexpr = min(BL, tl.extra.cuda.num_threads() if CHAINED else 128)
     o_own = tl.arange(0, BL // THREADS).to(tl.uint32)[:, None]
@@ -171,7 +171,7 @@ def list_kernel(
         chosen = tl.sum(b_count, 0)
         p_d = p_distance + i_row.to(tl.int64) * page_stride
         m_place = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER) == 0
-        b_place, _, _, _ = places(m_place, m_place, BL, CHAINED)
+        b_place, _ = gathered_places(m_place, BL, CHAINED)
         b_place += tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
     elif ranked > 0:
         m_place = o_page < 0
