@@ -1,7 +1,10 @@
 """Scripts that make committed tables, as far as they run without a GPU: what their rows hold."""
 
+import argparse
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import benchmark_decode
 import benchmark_layers
 import benchmark_reference_system
 import benchmark_serving
+import benchmark_versions
 import pytest
 import torch
 
@@ -156,3 +160,41 @@ def test_graphs_of_the_default_model_runner_can_be_captured_anew():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     assert callable(CudaGraphManager.release_graphs) and callable(GPUModelRunner.capture_model)
+
+
+def test_versions_of_the_kernels_are_timed_beside_each_other(tmp_path):
+    """The other one is a copy whose decode gives zeros, which its rows say."""
+    kernels = Path(benchmark_versions.__file__).parent.parent / "kernels"
+    shutil.copytree(kernels, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "kernels" / "__init__.py").open("a") as file:
+        file.write("def decode(*arguments, out, **options): return out.zero_()\n")
+    versions = [
+        benchmark_versions.version_of(f"now={kernels.parent}"),
+        benchmark_versions.version_of(f"zero={tmp_path}"),
+    ]
+    torch.manual_seed(0)
+    pool = Pool.of(SHAPE, 2 * 512, "random")
+    work = Workload.over(pool, [Request(1, 512)], 2, 0.05)
+    arms = list(benchmark_versions.ARMS)
+    rows = benchmark_versions.measure(versions, work, arms, 0.25, 2)
+    assert [(row["selector"], row["kernels"]) for row in rows] == [
+        (arm, name) for arm in arms for name in ("now", "zero")
+    ]
+    for now, zero in zip(rows[::2], rows[1::2], strict=True):
+        assert (now["ratio"], now["difference"]) == (1, 0)
+        assert zero["ratio"] == pytest.approx(now["us"] / zero["us"])
+        assert zero["difference"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("now", "'now' is no NAME=CHECKOUT"),
+        ("a b=.", "'a b=.' is no NAME=CHECKOUT"),
+        ("old=docs", "docs/kernels of old is no package: give a checkout"),
+    ],
+    ids=["without a checkout", "with a name that is none", "of a folder without kernels"],
+)
+def test_a_version_that_is_none_is_refused(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
+        benchmark_versions.version_of(text)
