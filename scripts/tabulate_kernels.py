@@ -64,7 +64,7 @@ def decode_table(result: dict[str, Any]) -> list[str]:
                 f"{row['us']:.1f}",
                 f"{row['us_spread']:.1f}",
                 f"{row['fa3_us']:.1f}",
-                f"{row['ratio_fa3']:.2f}",
+                f"{row['ratio_fa3']:.3f}",
                 asked or "",
                 "" if asked is None else verdict(row["ratio_fa3"] >= asked),
                 f"{row['bytes'] / row['us'] / 1e6:.2f}",
@@ -249,8 +249,23 @@ def sanitizer_table(result: dict[str, Any]) -> list[str]:
     )
 
 
+def tests_table(result: dict[str, Any]) -> list[str]:
+    return table_lines(
+        ["tests", "GPUs", "passed", "skipped", "failed", "which"],
+        (
+            (
+                ", ".join(f"`{file}`" for file in row["tests"].split()),
+                *(row[name] for name in ("gpus", "passed", "skipped", "failed")),
+                row.get("note", ""),
+            )
+            for row in result["rows"]
+        ),
+    )
+
+
 SECTIONS = (
     ("decode-h200.json", "Decode, random keys", decode_table),
+    ("decode-h200.json", "What the certificate costs", certificate_table),
     ("decode-h200-head-size-64.json", "Decode, random keys, head size 64", decode_table),
     ("decode-h200-other-shapes.json", "Decode, random keys, other shapes", decode_table),
     (
@@ -259,8 +274,7 @@ SECTIONS = (
         decode_table,
     ),
     ("decode-h100.json", "Decode on an H100, random keys", decode_table),
-    ("decode-h100.json", "What the certificate costs on it", certificate_table),
-    ("decode-h200.json", "What it cost on an H200 before", certificate_table),
+    ("decode-h100.json", "What the certificate costs on an H100", certificate_table),
     ("decode-h200-clustered.json", "Decode, keys in topics, support 0.1%", decode_table),
     ("decode-h200-clustered.json", "Where a step's time goes", kernel_table),
     (
@@ -270,8 +284,8 @@ SECTIONS = (
     ),
     ("bench-h200.json", "Beside other kernels, by `entmaxkv bench`", bench_table),
     ("again/bench-h200.json", "The same once more", bench_table),
+    ("prefill-h200.json", "Prefill", prefill_table),
     ("prefill-h100.json", "Prefill on an H100", prefill_table),
-    ("prefill-h200.json", "Prefill on an H200, by earlier kernels", prefill_table),
     ("reference-h200.json", "The paper's own code, on the same data", reference_table),
     ("serving-h200.json", "Inside vLLM, time per output token, dummy weights", serving_table),
     ("serving-h200-overlapped.json", "The same, decoding that overlaps append", serving_table),
@@ -285,11 +299,7 @@ SECTIONS = (
     ("soak-h200.json", "Thousands of requests, and what they leave behind", soak_table),
     ("fuzz-h200.json", "Random cases against fp64", fuzz_table),
     ("sanitizer-h200.json", "compute-sanitizer", sanitizer_table),
-    (
-        "sanitizer-h200-beside-fuzz.json",
-        "compute-sanitizer beside the random cases above",
-        sanitizer_table,
-    ),
+    ("tests-h200.json", "Tests", tests_table),
 )
 
 
