@@ -224,7 +224,7 @@ def table(result: dict[str, Any]) -> str:
         )
     total = (
         f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
-        f"{result['versions']['torch']} on a {result['gpu']}, the {result['implementation']} "
+        f"{result['versions']['torch']}, {result['gpu']}, the {result['implementation']} "
         f"implementation, commit {result['commit'][:12]}, {result['date']}."
     )
     return "\n".join([total, "", *table_lines([*titles, "tightness"], rows)])
