@@ -88,6 +88,7 @@ MODELS = (
         "softmax (alpha 1)",
         model={"entmax_alpha": 1.0},
         cpu=f"{ARCHITECTURES}test_alibi_slopes_reach_the_kernels",
+        gpu=f"{ARCHITECTURES}test_alibi_slopes_reach_the_kernels",
     ),
     Line(
         "ALiBi",
@@ -97,6 +98,7 @@ MODELS = (
     Line(
         "NAPE: ALiBi on some heads, scaled queries on others",
         cpu=f"{ENGINE}test_nape.py::test_greedy_tokens_and_logits_are_those_of_plain_pytorch",
+        gpu=f"{ENGINE}test_nape.py::test_greedy_tokens_and_logits_are_those_of_plain_pytorch",
     ),
     Line(
         "sliding-window layers among full ones",
@@ -191,6 +193,7 @@ SCHEDULING = (
         "n-gram speculative decoding, `exact`",
         engine={"speculative_config": NGRAM},
         cpu=f"{OPTIONS}test_speculative_decoding_answers_right_with_exact",
+        gpu=f"{OPTIONS}test_speculative_decoding_answers_right_with_exact",
     ),
     Line(
         "speculative decoding, a sparse selector",
@@ -238,21 +241,25 @@ SCHEDULING = (
         "the selector `gaussian-paper`",
         engine=options(selector="gaussian-paper"),
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line(
         "the selector `adaptive`",
         engine=options(selector="adaptive"),
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line(
         "`exact` that leaves out what bounds rule out (`prune`)",
         engine=options(prune=True),
         cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+        gpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line(
         "counters of what steps prove (`certificate`)",
         engine=options(selector="topk", certificate=True),
         cpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",
+        gpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",
     ),
     Line(
         "statistics after reuse, preemption and shared prefixes",
