@@ -344,7 +344,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     }
     whole = not guessed and capacity >= shape.most_capacity and shape.near >= shape.most_near
     if shape.held and whole:
-        held = {"TILES": capacity // shape.tile, "R": shape.held, "WIDTH": 32 * warps}
+        held = {"TILES": capacity // shape.tile, "R": shape.held}
         _chain(attend_short_kernel, parts, arguments, **held, **values)
         return
     filters, threads = shape.filter_parts, 128

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .entmax import head_parameters, newton_step, sum_moments, sum_pairs
+from .pages import gathered_places
 from .scores import allow_next, await_previous, page_source
 from .together import WANTED
 
@@ -53,20 +54,6 @@ def above(b_z, lower):
     """Which of b_z are not at most `lower`."""
     # Not "greater": a NaN is kept.
     return ~(b_z <= lower)
-
-
-@triton.jit
-def place_above(b_z, lower, kept, WIDTH: tl.constexpr):
-    """Positions after `kept` of those of b_z [N] that are not at most `lower`, and how many they
-    are; the others have any position.
-
-    WIDTH: threads of the program; the positions of what a thread holds are a sum within it.
-    """
-    m_near = tl.reshape(above(b_z, lower).to(tl.int32), [b_z.shape[0] // WIDTH, WIDTH])
-    b_thread = tl.sum(m_near, 0)  # [WIDTH]
-    b_before = kept + tl.cumsum(b_thread, 0) - b_thread
-    b_position = b_before[None, :] + tl.cumsum(m_near, 0) - m_near
-    return tl.reshape(b_position, b_z.shape), tl.sum(b_thread, 0)
 
 
 @triton.jit
@@ -169,7 +156,7 @@ def filter_kernel(
                 p_pages, p_slot, o_s, i_j + o_j, b_slot, i_j + o_j < b_count, entries, filtered, S,
                 BN, P, GUESSED,
             )  # fmt: skip
-        b_position, near = place_above(b_z, lower, kept, WIDTH)
+        b_position, near = gathered_places(above(b_z, lower), kept, CHAINED)
         m_stored = above(b_z, lower) & (b_position < limit)
         tl.store(p_near_score + b_position, b_z, mask=m_stored)
         tl.store(p_near_slot + b_position, b_slot, mask=m_stored)

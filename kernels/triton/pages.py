@@ -80,19 +80,20 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def gathered_places(m_page, BL: tl.constexpr, CHAINED: tl.constexpr):
-    """Places in a list [BL] of the pages of a mask, from 0 on, and how many they are.
+def gathered_places(m_kept, first, CHAINED: tl.constexpr):
+    """Places in a list of those of a mask [N], from `first` on, and how many they are; others have
+    any place.
 
     Those that a thread holds are neighbours in it: it counts its own, and threads are counted once.
-    To list pages in their order takes the sum of a warp for each page that a thread holds.
+    Places in their order would take a sum of a warp for each one that a thread holds.
     """
-    THREADS: tl.constexpr = min(BL, tl.extra.cuda.num_threads() if CHAINED else 128)
-    o_own = tl.arange(0, BL // THREADS).to(tl.uint32)[:, None]
-    b_word = tl.sum(tl.reshape(m_page.to(tl.uint32), [BL // THREADS, THREADS]) << o_own, 0)
-    b_count = count_bits(b_word, CHAINED)  # [THREADS]
-    b_before = count_bits(b_word[None, :] & ((1 << o_own) - 1), CHAINED)
-    b_place = (tl.cumsum(b_count, 0) - b_count)[None, :] + b_before
-    return tl.reshape(b_place, [BL]), tl.sum(b_count, 0)
+    N: tl.constexpr = m_kept.shape[0]
+    THREADS: tl.constexpr = min(N, tl.extra.cuda.num_threads() if CHAINED else 128)
+    m_own = tl.reshape(m_kept.to(tl.int32), [N // THREADS, THREADS])
+    b_thread = tl.sum(m_own, 0)  # [THREADS]
+    b_before = first + tl.cumsum(b_thread, 0) - b_thread
+    b_place = b_before[None, :] + tl.cumsum(m_own, 0) - m_own
+    return tl.reshape(b_place, [N]), tl.sum(b_thread, 0)
 
 
 @triton.jit
@@ -171,8 +172,8 @@ def list_kernel(
         chosen = tl.sum(b_count, 0)
         p_d = p_distance + i_row.to(tl.int64) * page_stride
         m_place = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER) == 0
-        b_place, _ = gathered_places(m_place, BL, CHAINED)
-        b_place += tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
+        before = tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
+        b_place, _ = gathered_places(m_place, before, CHAINED)
     elif ranked > 0:
         m_place = o_page < 0
     store_pages(p_list, b_place, b_page, o_page, m_place, list_stride)
