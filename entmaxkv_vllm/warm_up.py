@@ -41,7 +41,8 @@ def compile_kernels(
     heads = (impl.num_heads, impl.num_kv_heads)
     table = (rows.block_table.shape[1], rows.block_table.stride(0))
     model = (impl.selector, impl.sliding_window, impl.alpha)
-    kind = (*heads, query.dtype, pages.layout, *model, *table)
+    # Kernels are compiled for how far pages lie apart, too, which need not follow from the layout.
+    kind = (*heads, query.dtype, pages.layout, pages.key.stride(), *model, *table)
     if kind not in _compiled:
         with compile_ahead(impl.local_workers):
             _append_and_decode(impl, layer, query, pages, rows, options)

@@ -43,9 +43,11 @@ def warm(monkeypatch):
     table = torch.zeros(3, 128, dtype=torch.int32)[:, :125]
     rows = DecodeRows(1, table[:1], torch.zeros(1, dtype=torch.int32), None)
     metadata = EntmaxKVMetadata(torch.zeros(1, dtype=torch.int64), rows, None)
-    pages = SimpleNamespace(layout=PageLayout(16, 32, ()))
+    layout = PageLayout(16, 32, ())
 
-    def warm(layer):
+    def warm(layer, padding=0):
+        key = torch.zeros(4, 2, 16, 32 + padding)[..., :32]
+        pages = SimpleNamespace(layout=layout, key=key)
         query = torch.zeros(1, layer.num_heads, layer.head_size)
         return warm_up.compile_kernels(layer, None, query, pages, metadata, {})
 
@@ -73,6 +75,12 @@ def test_a_layer_of_the_same_kind_is_compiled_once(warm):
     first, second = Layer(3), Layer(3)
     assert warm(first) and warm(second)
     assert first.decoded and not second.decoded
+
+
+def test_a_layer_whose_pages_lie_further_apart_is_compiled_too(warm):
+    first, second = Layer(3), Layer(3)
+    assert warm(first) and warm(second, padding=16)
+    assert first.decoded and second.decoded
 
 
 def test_what_could_not_be_compiled_is_tried_again(warm, monkeypatch):
