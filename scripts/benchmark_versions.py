@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
+    names = [version.name for version in arguments.versions]
+    if len(set(names)) < len(names):
+        parser.error(f"versions are named {', '.join(names)}: give each a name of its own")
     torch.manual_seed(0)
     pool = Pool.of(Shape(32, 8, 128), POOL_TOKENS, "random")
     works = [

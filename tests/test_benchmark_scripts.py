@@ -198,3 +198,12 @@ def test_versions_of_the_kernels_are_timed_beside_each_other(tmp_path):
 def test_a_version_that_is_none_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
         benchmark_versions.version_of(text)
+
+
+def test_two_versions_of_one_name_are_refused(monkeypatch, capsys):
+    root = Path(benchmark_versions.__file__).parent.parent
+    arguments = ["--out", "none.json", f"now={root}", f"now={root}"]
+    monkeypatch.setattr("sys.argv", ["benchmark_versions.py", *arguments])
+    with pytest.raises(SystemExit):
+        benchmark_versions.main()
+    assert "versions are named now, now: give each a name of its own" in capsys.readouterr().err

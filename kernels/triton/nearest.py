@@ -147,8 +147,8 @@ def place_nearest(
     than `found`, and of a row's pages that are as near of the earliest `ties`.
 
     before, tied_before: how many of either kind come before these. Also returns how many come
-    before the pages after them; of those as near only where any is wanted. Only then are pages
-    listed in their order.
+    before the pages after them; of those as near only where any is wanted, by `ties`, which is the
+    same for all pages of a row. Only then are pages listed in their order.
     """
     if ties > 0:
         b_nearer, b_tied, nearer, tied = places(

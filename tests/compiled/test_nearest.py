@@ -7,6 +7,7 @@ import triton.language as tl
 
 from entmaxkv_kernels.triton.decode import can_chain
 from entmaxkv_kernels.triton.nearest import STEPS, find, place_nearest
+from entmaxkv_kernels.triton.pages import NEVER
 
 from .device import DEVICE
 
@@ -64,3 +65,42 @@ def test_a_distance_that_has_nearly_enough_pages_will_do(slack):
     _, found, nearer, _ = choose(distance, 300, slack=slack)
     assert 300 - slack <= nearer <= 300
     assert nearer == (distance < found).sum()
+
+
+@triton.jit
+def choose_in_tiles_kernel(
+    p_distance, p_place, found, ties, pages, BL: tl.constexpr, CHAINED: tl.constexpr
+):
+    before, tied_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for i_l in range(0, pages, BL):
+        o_page = i_l + tl.arange(0, BL)
+        b_distance = tl.load(p_distance + o_page)
+        b_place, before, tied_before = place_nearest(
+            b_distance, found, ties, before, tied_before, BL, CHAINED
+        )
+        tl.store(p_place + o_page, b_place)
+
+
+@pytest.mark.parametrize("kind", ["different", "few"])
+def test_places_go_on_from_tile_to_tile(kind):
+    """The last tile has room for more pages than there are."""
+    distance = distances(kind, 300)
+    room = torch.full((212,), NEVER.value, dtype=torch.int32, device=DEVICE)
+    distance = torch.cat([distance, room])
+    order = distance.cpu().sort(stable=True).indices
+    chained = can_chain(torch.device(DEVICE))
+    for wanted in (77, 200):
+        found = distance[order[wanted]].item()
+        ties = wanted - int((distance < found).sum())
+        place = torch.empty_like(distance)
+        choose_in_tiles_kernel[(1,)](distance, place, found, ties, 512, 128, chained)
+        assert (place.cpu()[order[:wanted]].sort().values == torch.arange(wanted)).all()
+        assert (place.cpu()[order[wanted:]] == NEVER.value).all()
+
+
+def test_pages_that_are_none_are_not_counted():
+    distance = distances("crowded", 256)
+    distance[200:] = NEVER.value
+    place, found, nearer, _ = choose(distance, 190)
+    assert nearer == (distance < found).sum() == 190
+    assert (place[200:] == NEVER.value).all()
