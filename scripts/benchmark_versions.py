@@ -1,9 +1,8 @@
 """Time decode by several versions of the kernels in one process on one GPU, in turns.
 
-One process, one chip and one place in memory: what differs by 1% shows, which tables of
-different runs cannot tell. All versions read the same pages, as CUDA graphs over sets of them that
-exceed the L2 cache. A version is a checkout, or a copy of one, whose folder `kernels` is loaded
-beside the others.
+One process and one chip tell more than tables of different runs. All versions read the same pages,
+as CUDA graphs over sets of them that exceed the L2 cache. A version is a checkout, or a copy of
+one, whose folder `kernels` is loaded beside the others.
 
     git worktree add /tmp/before HEAD~1
     python scripts/benchmark_versions.py --out sweep.json before=/tmp/before now=.
@@ -15,7 +14,6 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +21,11 @@ from typing import Any
 
 import torch
 
+from entmaxkv_vllm.bench.arms import EntmaxArm
 from entmaxkv_vllm.bench.batch import Request
 from entmaxkv_vllm.bench.provenance import about
-from entmaxkv_vllm.bench.timing import Step, kernel_times, per_step
-from entmaxkv_vllm.bench.workload import ALPHA, Pool, Shape, Workload
+from entmaxkv_vllm.bench.timing import kernel_times, per_step
+from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
 
 POOL_TOKENS = 1 << 20
 SUPPORT = 0.005
@@ -55,49 +54,16 @@ def load_kernels(name: str, checkout: Path) -> ModuleType:
 
 @dataclass
 class Version:
-    """One version's steps over workloads."""
+    """One version of the kernels."""
 
     name: str
     kernels: ModuleType
 
-    def steps(self, arm: str, work: Workload, share: float) -> tuple[list[Step], torch.Tensor]:
-        """Those of an arm, one for each set of pages, and what they write, [sets, B, heads, D]."""
-        kernels, shape = self.kernels, work.shape
-        tokens = max(shape.page_size, int(share * work.longest))
-        selector = kernels.Exact() if arm == "exact" else kernels.TopK(tokens)
-        cache = kernels.PagedCache(*work.pool.cache(selector.statistics))
-        options: dict[str, Any] = {
-            "scale": shape.scale,
-            "alpha": ALPHA,
-            "selector": selector,
-            "counters": torch.zeros(len(kernels.Counter), dtype=torch.int64, device=shape.device),
-            "implementation": shape.implementation,
-        }
-        if certified := arm.endswith("certified"):
-            heads = work.decodes, shape.query_heads
-            options["certificate"] = torch.empty(heads, device=shape.device)
-        if shape.implementation == "triton":
-            options["workspace"] = self._workspace(work, selector, certified)
-        outs = torch.empty_like(work.queries)
-
-        def step(index: int) -> Callable[[], Any]:
-            query, table, out = work.queries[index], work.tables[index], outs[index]
-            return lambda: kernels.decode(query, cache, table, work.lengths, out=out, **options)
-
-        return [step(index) for index in range(work.sets)], outs
-
-    def _workspace(self, work: Workload, selector: Any, certified: bool) -> torch.Tensor:
-        shape = work.shape
-        compiled = importlib.import_module(f"{self.kernels.__name__}.triton")
-        size = compiled.decode_workspace_size(
-            work.decodes,
-            *(shape.query_heads, shape.kv_heads, shape.head_size, shape.page_size),
-            shape.dtype,
-            work.table_tokens,
-            selector=selector,
-            certificate=certified,
-        )
-        return torch.empty(size, dtype=torch.uint8, device=shape.device)
+    def arm(self, name: str, work: Workload, share: float) -> EntmaxArm:
+        """Its steps over a workload, by the name of an arm."""
+        tokens = max(work.shape.page_size, int(share * work.longest))
+        selector = self.kernels.Exact() if name == "exact" else self.kernels.TopK(tokens)
+        return EntmaxArm(work, selector, name.endswith("certified"), self.kernels)
 
     def compile_ahead(self) -> contextlib.AbstractContextManager[None]:
         """Within, steps write nothing; what they would launch is compiled, several at a time."""
@@ -109,20 +75,25 @@ def measure(
     versions: list[Version], work: Workload, arms: list[str], share: float, repeats: int
 ) -> list[dict[str, Any]]:
     """A row for each arm and version; `ratio` is the first version's time over this one's, and
-    `difference` the largest of an output from the first version's."""
+    `difference` the largest of an output from the first version's.
+
+    Raises:
+        RuntimeError: if a sparse arm read everything, or nothing sparsely.
+    """
     graphs = work.shape.device == "cuda"
     made = {
-        (arm, version.name): version.steps(arm, work, share) for arm in arms for version in versions
+        (arm, version.name): version.arm(arm, work, share) for arm in arms for version in versions
     }
-    times = per_step(
-        {f"{arm} {name}": steps for (arm, name), (steps, _) in made.items()}, repeats, graphs=graphs
-    )
+    steps = {f"{arm} {name}": each.steps for (arm, name), each in made.items()}
+    times = per_step(steps, repeats, graphs=graphs)
     rows = []
     for arm in arms:
         first = versions[0].name
         for version in versions:
             us = times[f"{arm} {version.name}"]
-            steps, outs = made[arm, version.name]
+            own = made[arm, version.name]
+            if arm != "exact" and (complaint := own.complaint()):
+                raise RuntimeError(f"{arm} of {version.name}: {complaint}")
             row = {
                 "context": work.longest,
                 "selector": arm,
@@ -130,10 +101,10 @@ def measure(
                 "us": statistics.median(us),
                 "us_spread": max(us) - min(us),
                 "ratio": statistics.median(times[f"{arm} {first}"]) / statistics.median(us),
-                "difference": (outs.float() - made[arm, first][1].float()).abs().max().item(),
+                "difference": (own.outs.float() - made[arm, first].outs.float()).abs().max().item(),
             }
             if graphs:
-                row["kernels_us"] = kernel_times(steps[:8])
+                row["kernels_us"] = kernel_times(own.steps[:8])
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
             rows.append(row)
     return rows
@@ -172,7 +143,7 @@ def main() -> None:
         with version.compile_ahead():
             for work in works:
                 for arm in arguments.arms:
-                    version.steps(arm, work, arguments.share)[0][0]()
+                    version.arm(arm, work, arguments.share).steps[0]()
     rows: list[dict[str, Any]] = []
     for work in works:
         rows += measure(

@@ -162,21 +162,26 @@ def test_graphs_of_the_default_model_runner_can_be_captured_anew():
     assert callable(CudaGraphManager.release_graphs) and callable(GPUModelRunner.capture_model)
 
 
-def test_versions_of_the_kernels_are_timed_beside_each_other(tmp_path):
-    """The other one is a copy whose decode gives zeros, which its rows say."""
+def measure_beside(folder, name, decode):
+    """Rows of these kernels and of a copy whose `decode` is another one."""
     kernels = Path(benchmark_versions.__file__).parent.parent / "kernels"
-    shutil.copytree(kernels, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "kernels" / "__init__.py").open("a") as file:
-        file.write("def decode(*arguments, out, **options): return out.zero_()\n")
+    shutil.copytree(kernels, folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "kernels" / "__init__.py").open("a") as file:
+        file.write(f"honest = decode\ndef decode(*given, out, **options): {decode}\n")
     versions = [
         benchmark_versions.version_of(f"now={kernels.parent}"),
-        benchmark_versions.version_of(f"zero={tmp_path}"),
+        benchmark_versions.version_of(f"{name}={folder}"),
     ]
     torch.manual_seed(0)
     pool = Pool.of(SHAPE, 2 * 512, "random")
     work = Workload.over(pool, [Request(1, 512)], 2, 0.05)
-    arms = list(benchmark_versions.ARMS)
-    rows = benchmark_versions.measure(versions, work, arms, 0.25, 2)
+    return benchmark_versions.measure(versions, work, list(benchmark_versions.ARMS), 0.25, 2)
+
+
+def test_versions_of_the_kernels_are_timed_beside_each_other(tmp_path):
+    """The other one gives zeros, which its rows say."""
+    rows = measure_beside(tmp_path, "zero", "return honest(*given, out=out, **options).zero_()")
+    arms = benchmark_versions.ARMS
     assert [(row["selector"], row["kernels"]) for row in rows] == [
         (arm, name) for arm in arms for name in ("now", "zero")
     ]
@@ -184,6 +189,11 @@ def test_versions_of_the_kernels_are_timed_beside_each_other(tmp_path):
         assert (now["ratio"], now["difference"]) == (1, 0)
         assert zero["ratio"] == pytest.approx(now["us"] / zero["us"])
         assert zero["difference"] > 0.01
+
+
+def test_a_version_whose_sparse_path_never_ran_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="topk of idle: the sparse path never ran"):
+        measure_beside(tmp_path, "idle", "options['counters'][0] += 1; return out.zero_()")
 
 
 @pytest.mark.parametrize(

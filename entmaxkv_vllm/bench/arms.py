@@ -2,21 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from entmaxkv_kernels import (
-    Adaptive,
-    Counter,
-    Exact,
-    Gaussian,
-    PagedCache,
-    Selector,
-    TopK,
-    decode,
-    prefill,
-)
+import entmaxkv_kernels
+from entmaxkv_kernels import Adaptive, Counter, Exact, Gaussian, PagedCache, Selector, TopK
 from entmaxkv_vllm.bench.timing import Step
 from entmaxkv_vllm.bench.workload import ALPHA, Workload
 from entmaxkv_vllm.config import GAUSSIAN
@@ -38,6 +31,7 @@ class EntmaxArm:
     """Steps of this project over a workload under one selector.
 
     certified: whether steps say how exact they are, which is counted.
+    kernels: another version of the package, which the selector is then of.
 
     Attributes:
         counters: [len(Counter)] int64, what all steps run so far counted.
@@ -46,6 +40,7 @@ class EntmaxArm:
     workload: Workload
     selector: Selector
     certified: bool = False
+    kernels: ModuleType = entmaxkv_kernels
 
     def __post_init__(self) -> None:
         device = self.workload.shape.device
@@ -56,7 +51,7 @@ class EntmaxArm:
 
     @cached_property
     def cache(self) -> PagedCache:
-        return self.workload.pool.cache(self.selector.statistics)
+        return self.kernels.PagedCache(*self.workload.pool.cache(self.selector.statistics))
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -68,13 +63,12 @@ class EntmaxArm:
         work, shape = self.workload, self.workload.shape
         if shape.implementation == "reference":
             return None
-        from entmaxkv_kernels.triton import decode_workspace_size, prefill_workspace_size
-
+        compiled = import_module(f"{self.kernels.__name__}.triton")
         heads = shape.query_heads, shape.kv_heads, shape.head_size
         sizes = [0]
         if work.decodes:
             sizes.append(
-                decode_workspace_size(
+                compiled.decode_workspace_size(
                     work.decodes,
                     *heads,
                     shape.page_size,
@@ -85,7 +79,7 @@ class EntmaxArm:
                 )
             )
         if work.kind != "decode":
-            sizes.append(prefill_workspace_size(*heads, shape.dtype, work.table_tokens))
+            sizes.append(compiled.prefill_workspace_size(*heads, shape.dtype, work.table_tokens))
         return torch.empty(max(sizes), dtype=torch.uint8, device=shape.device)
 
     def _step(self, index: int) -> Step:
@@ -100,7 +94,7 @@ class EntmaxArm:
 
         def step() -> None:
             if end:
-                decode(
+                self.kernels.decode(
                     query[:end],
                     self.cache,
                     table[:end],
@@ -112,7 +106,7 @@ class EntmaxArm:
                     **options,
                 )
             if end < len(work.requests):
-                prefill(
+                self.kernels.prefill(
                     query,
                     self.cache,
                     table[end:],

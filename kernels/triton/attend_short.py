@@ -49,9 +49,9 @@ def look_up(
 
 
 @triton.jit
-def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, CHAINED: tl.constexpr):
+def pack_support(b_z, b_slot, tau, p_near_score, p_near_slot):
     """Lists the scores above tau and their slots; returns how many they are."""
-    b_position, kept = gathered_places(above(b_z, tau), 0, CHAINED)
+    b_position, kept = gathered_places(above(b_z, tau), 0)
     tl.store(p_near_score + b_position, b_z, mask=above(b_z, tau))
     tl.store(p_near_slot + b_position, b_slot, mask=above(b_z, tau))
     return kept
@@ -157,7 +157,7 @@ def attend_short_kernel(
         tau = solve_held(b_z, -1.0, b, ORDER)
         # and all while slots are packed.
         prefetch(p_value + o_value, b_z > tau, CHAINED)
-        kept = pack_support(b_z, b_slot, tau, p_near_score, p_near_slot, CHAINED)
+        kept = pack_support(b_z, b_slot, tau, p_near_score, p_near_slot)
     else:
         # The threshold of the largest scores of parts of the splits is a lower bound.
         lower = tl.full([], -1.0, tl.float32)
@@ -165,7 +165,7 @@ def attend_short_kernel(
         for _ in tl.static_range(PEAK_STEPS):
             mass, slope = sum_moments(b_maximum, lower, b, ORDER)
             lower += newton_step(mass, slope, 1.0, b, ORDER)
-        b_position, near = gathered_places(above(b_z, lower), 0, CHAINED)
+        b_position, near = gathered_places(above(b_z, lower), 0)
         if near <= WHOLE:
             p_near_place += i_head * R
             tl.store(p_near_place + b_position, o_r, mask=above(b_z, lower))
@@ -180,11 +180,11 @@ def attend_short_kernel(
             prefetch(p_value + o_value, o_near < near, CHAINED)
             tau = solve_held(b_near, lower, b, ORDER)
             b_slot = b_page * P + o_token
-            kept = pack_support(b_near, b_slot, tau, p_near_score, p_near_slot, CHAINED)
+            kept = pack_support(b_near, b_slot, tau, p_near_score, p_near_slot)
         else:
             b_all = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32) * P + o_r % P
             tau = solve_held(b_z, lower, b, ORDER)
-            kept = pack_support(b_z, b_all, tau, p_near_score, p_near_slot, CHAINED)
+            kept = pack_support(b_z, b_all, tau, p_near_score, p_near_slot)
     # The program's other threads wrote some of what is read.
     tl.debug_barrier()
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)

@@ -156,7 +156,7 @@ def filter_kernel(
                 p_pages, p_slot, o_s, i_j + o_j, b_slot, i_j + o_j < b_count, entries, filtered, S,
                 BN, P, GUESSED,
             )  # fmt: skip
-        b_position, near = gathered_places(above(b_z, lower), kept, CHAINED)
+        b_position, near = gathered_places(above(b_z, lower), kept)
         m_stored = above(b_z, lower) & (b_position < limit)
         tl.store(p_near_score + b_position, b_z, mask=m_stored)
         tl.store(p_near_slot + b_position, b_slot, mask=m_stored)

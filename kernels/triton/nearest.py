@@ -159,7 +159,7 @@ def place_nearest(
         b_place = tl.where(m_chosen, before + b_nearer + tl.minimum(b_tied, ties), NEVER)
     else:
         tied = tl.full([], 0, tl.int32)
-        b_place, nearer = gathered_places(b_distance < found, before, CHAINED)
+        b_place, nearer = gathered_places(b_distance < found, before)
         b_place = tl.where(b_distance < found, b_place, NEVER)
     return b_place, before + nearer, tied_before + tied
 

@@ -260,7 +260,7 @@ def distance_kernel(
             tl.store(p_bracket + 2 * i_row, low)
             tl.store(p_bracket + 2 * i_row + 1, high)
         m_before, m_member = b_distance < low, (b_distance >= low) & (b_distance < high)
-        b_place, members = gathered_places(m_member, 0, CHAINED)
+        b_place, members = gathered_places(m_member, 0)
         tl.store(p_tile_count + i_row * NT + i_t, tl.sum(m_before.to(tl.int32), 0))
         b_place += tl.atomic_add(p_member_count + i_row, members, sem="relaxed")
         p_m = p_members + i_row.to(tl.int64) * (2 * BM) + b_place

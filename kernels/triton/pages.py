@@ -22,6 +22,8 @@ NEVER = tl.constexpr(1 << 30)
 # Pages whose places are counted together, as bits of a word: those of a warp's width, for whose sum
 # there is an instruction.
 WARP = tl.constexpr(32)
+# The interpreter has no threads.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def gathered_places(m_kept, first, CHAINED: tl.constexpr):
+def gathered_places(m_kept, first):
     """Places in a list of those of a mask [N], from `first` on, and how many they are; others have
     any place.
 
@@ -88,7 +90,7 @@ def gathered_places(m_kept, first, CHAINED: tl.constexpr):
     Places in their order would take a sum of a warp for each one that a thread holds.
     """
     N: tl.constexpr = m_kept.shape[0]
-    THREADS: tl.constexpr = min(N, tl.extra.cuda.num_threads() if CHAINED else 128)
+    THREADS: tl.constexpr = min(N, 128 if INTERPRETED else tl.extra.cuda.num_threads())
     m_own = tl.reshape(m_kept.to(tl.int32), [N // THREADS, THREADS])
     b_thread = tl.sum(m_own, 0)  # [THREADS]
     b_before = first + tl.cumsum(b_thread, 0) - b_thread
@@ -173,7 +175,7 @@ def list_kernel(
         p_d = p_distance + i_row.to(tl.int64) * page_stride
         m_place = tl.load(p_d + o_page, mask=o_page < ranked, other=NEVER) == 0
         before = tl.sum(tl.where(o_t < i_t, b_count, 0), 0)
-        b_place, _ = gathered_places(m_place, before, CHAINED)
+        b_place, _ = gathered_places(m_place, before)
     elif ranked > 0:
         m_place = o_page < 0
     store_pages(p_list, b_place, b_page, o_page, m_place, list_stride)

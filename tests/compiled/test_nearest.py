@@ -7,6 +7,7 @@ import triton.language as tl
 
 from entmaxkv_kernels.triton.decode import can_chain
 from entmaxkv_kernels.triton.nearest import STEPS, find, place_nearest
+from entmaxkv_kernels.triton.nearest_long import bracket
 from entmaxkv_kernels.triton.pages import NEVER
 
 from .device import DEVICE
@@ -104,3 +105,24 @@ def test_pages_that_are_none_are_not_counted():
     place, found, nearer, _ = choose(distance, 190)
     assert nearer == (distance < found).sum() == 190
     assert (place[200:] == NEVER.value).all()
+
+
+@triton.jit
+def bracket_kernel(p_distance, p_found, lower, upper, slack, BL: tl.constexpr):
+    low, below, high = bracket(tl.load(p_distance + tl.arange(0, BL)), BL, lower, upper, slack)
+    tl.store(p_found, low)
+    tl.store(p_found + 1, below)
+    tl.store(p_found + 2, high)
+
+
+@pytest.mark.parametrize("kind", ["different", "crowded"])
+def test_a_bracket_has_as_many_pages_before_and_within_as_were_asked_for(kind):
+    distance, found = distances(kind, 2048), torch.empty(3, dtype=torch.int32, device=DEVICE)
+    for lower, upper, slack in ((60, 150, 20), (2, 9, 3), (900, 1100, 30)):
+        bracket_kernel[(1,)](distance, found, lower, upper, slack, len(distance))
+        low, below, high = found.tolist()
+        assert below == (distance < low).sum() <= lower
+        # Fifths of even distances show one with at most 900 of 2048 before; else none may show.
+        assert low > 0 or (kind, lower) != ("different", 900)
+        assert upper - slack <= (distance < high).sum()
+        assert (distance < high - 1).sum() <= upper

@@ -255,3 +255,16 @@ def test_the_mean_spread_of_all_heads_may_choose_the_setting():
 def test_two_runs_give_the_same_bits():
     step = Step(sparse_scene(Gaussian(), dtype=torch.float16), Gaussian())
     assert torch.equal(step.run(), step.run())
+
+
+def test_two_runs_over_long_rows_give_the_same_lists_and_bits(long_rows):
+    """Programs of a row come in any order, and count each other."""
+    scene = sparse_scene(TopK(640), [2000, 1030, 3000], kv_heads=1, group=2)
+    runs = []
+    for _ in range(2):
+        step = Step(scene, TopK(640))
+        out, counts = step.run(), step.scratch("listed_count").clone()
+        listed = step.scratch("listed").view(3, 2, -1)
+        assert counts.tolist() == [41, 41, 41]
+        runs.append((out, listed[:, :, :41].clone()))
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
