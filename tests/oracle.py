@@ -4,11 +4,14 @@ Nothing of this project computes here. Key and value heads are repeated for thei
 heads, scores are materialised, and `entmax.entmax15` turns them into weights by sorting.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from entmax import entmax15
+from torch.nn.functional import rms_norm
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 NAME = "entmax_oracle"
 
@@ -38,6 +41,23 @@ def load(model: Path):
     return AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation=NAME
     ).eval()
+
+
+def load_float64(model: Path):
+    """A Llama in float64, its norms too, which transformers would compute in float32.
+
+    Angles of rotations stay those of float32, as in vLLM: they count as the model's own.
+    """
+    exact = load(model).double()
+    for norm in exact.modules():
+        if isinstance(norm, LlamaRMSNorm):
+            norm.forward = partial(
+                rms_norm,
+                normalized_shape=norm.weight.shape,
+                weight=norm.weight,
+                eps=norm.variance_epsilon,
+            )
+    return exact
 
 
 @torch.inference_mode()
