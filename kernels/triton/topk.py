@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..reference.quest import LEAST_QUERY
 from .nearest_long import SAMPLED
-from .pages import load_statistics, ranked_pages
+from .pages import INTERPRETED, load_statistics, ranked_pages
 from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
 
 QUERY_MIN = tl.constexpr(LEAST_QUERY)
@@ -75,6 +75,50 @@ def store_rounding(
     tl.store(p_own + 2, tl.zeros_like(b_size) + span, mask=o_g < G)
 
 
+@triton.jit
+def hold_like(b_own, b_other):
+    """The same fp32 numbers, in the threads that hold the others. What the compiler would hold in
+    two ways it loads twice."""
+    if INTERPRETED:
+        return b_own
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,f", [b_own, b_other], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def store_held(p_own, b_own, m_own):
+    """Stores fp32 numbers by the threads that hold them. The compiler's stores are of neighbours
+    side by side, after an exchange."""
+    if INTERPRETED:
+        tl.store(p_own, b_own, mask=m_own)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred %wanted;
+                setp.ne.s32 %wanted, $3, 0;
+                @%wanted st.global.f32 [$1], $2;
+                mov.b32 $0, 0;
+            }""",
+            "=r,l,f,r,~{memory}",
+            [p_own.to(tl.int64), b_own, m_own.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def most_of_two(most_0, most_1, own_0, own_1):
+    return tl.maximum(most_0, own_0), tl.maximum(most_1, own_1)
+
+
+@triton.jit
+def most_of_three(most_0, most_1, most_2, own_0, own_1, own_2):
+    return tl.maximum(most_0, own_0), tl.maximum(most_1, own_1), tl.maximum(most_2, own_2)
+
+
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
     p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
@@ -132,7 +176,7 @@ def box_kernel(
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
     if ROUNDED:
-        b_span = tl.zeros([BP], tl.float32)
+        b_span = tl.zeros([BP, GP], tl.float32)
     if CERTIFY:
         p_b = p_bound + i_row.to(tl.int64) * (G * page_stride)
     for i_p in tl.range(i_s * BP, ranked, PS * BP, num_stages=STAGES):
@@ -154,31 +198,34 @@ def box_kernel(
             b_reach += b_most
         m_page = (o_page < ranked)[:, None]
         if ROUNDED:
-            b_both = b_center_scale + b_half_scale
-            b_span = tl.maximum(b_span, tl.where(o_page < ranked, b_both, 0.0))
+            b_both = tl.broadcast_to((b_center_scale + b_half_scale)[:, None], [BP, GP])
+            b_span = tl.maximum(b_span, tl.where(m_page, hold_like(b_both, b_reach), 0.0))
+        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
+        b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
+        m_own = m_g[None, :] & m_page
         if CERTIFY:
             b_bound = (b_center + b_radius[:, None] * b_spread) * b_scale[None, :]
             if ALIBI:
                 b_bound += b_most
             o_bound = o_g[None, :] * page_stride + o_page[:, None]
-            tl.store(p_b + o_bound, b_bound, mask=m_g[None, :] & m_page)
-        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
-        b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
-        tl.store(p_r + o_page[:, None] * GW, b_reach, mask=m_g[None, :] & m_page)
+            store_held(p_b + o_bound, b_bound, m_own)
+        store_held(p_r + o_page[:, None] * GW, b_reach, m_own)
         if SPREAD:
             p_w = p_spread + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
             b_spread *= b_scale[None, :]
-            tl.store(p_w + o_page[:, None] * GW, b_spread, mask=m_g[None, :] & m_page)
+            store_held(p_w + o_page[:, None] * GW, b_spread, m_own)
         if LONG:
             o_sample = i_row * SAMPLED + o_page // STEP
-            m_sample = m_g[None, :] & m_page & (o_page % STEP == 0)[:, None]
             p_s = p_page_sample + o_sample[:, None] * GW + o_g[None, :]
-            tl.store(p_s, b_reach, mask=m_sample)
+            store_held(p_s, b_reach, m_own & (o_page % STEP == 0)[:, None])
     allow_next(CHAINED and not OVERLAPPED)
-    # Both go through the block's one exchange.
-    b_extreme = tl.max(tl.join(b_maximum, -b_minimum), 0)  # [GP, 2]
-    o_e = o_g[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(p_page_extreme + (i_row * PS + i_s) * (2 * GW) + o_e, b_extreme, mask=m_g[:, None])
+    # They go through the block's one exchange.
     if ROUNDED:
-        tl.store(p_span + i_row * PS + i_s, tl.max(b_span, 0))
+        b_most, b_least, b_span = tl.reduce((b_maximum, -b_minimum, b_span), 0, most_of_three)
+        store_held(p_span + i_row * PS + i_s + o_g, b_span, o_g == 0)
+    else:
+        b_most, b_least = tl.reduce((b_maximum, -b_minimum), 0, most_of_two)
+    p_e = p_page_extreme + (i_row * PS + i_s) * (2 * GW) + 2 * o_g
+    store_held(p_e, b_most, m_g)
+    store_held(p_e + 1, b_least, m_g)
     await_if(i_s + i_h + i_b == 0, CHAINED)
