@@ -233,6 +233,8 @@ def _list_pages(
         "p_statistics": cache.statistics,
         "s_page": cache.statistics.stride(0),
         "s_head": cache.statistics.stride(1),
+        # Of 16 bytes that end with the scales, from the statistics.
+        "o_scales": 4 * cache.scales.storage_offset() - 4 - cache.statistics.storage_offset(),
         "STAGES": 2,
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)

@@ -34,6 +34,18 @@ def widen(b_small):
 
 
 @triton.jit
+def load_box_scales(p_scale, b_page, s_page):
+    """Scales of the centers and of the half-widths of pages, and their radii, as one load of four
+    numbers, of which the first is none of them. Each would take as long by itself."""
+    o_scale = b_page.to(tl.int64) * (s_page // 4)
+    b_four = tl.load(p_scale + o_scale[:, None] + tl.arange(0, 4)[None, :])
+    b_even, b_odd = tl.split(tl.reshape(b_four, [b_page.shape[0], 2, 2]))
+    _, b_half = tl.split(b_even)
+    b_center, b_radius = tl.split(b_odd)
+    return b_center, b_half, b_radius
+
+
+@triton.jit
 def sum_squares(b_half, b_q):
     """Sums over the channels of squares of half-widths [BP, DP] times those of queries [DP, GP],
     [BP, GP]. For queries of 16 bits squares are rounded to bf16, which has the range of theirs."""
@@ -121,12 +133,12 @@ def most_of_three(most_0, most_1, most_2, own_0, own_1, own_2):
 
 @triton.jit(do_not_specialize=["early"])
 def box_kernel(
-    p_query, p_statistics, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
+    p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
     p_reach, p_spread, p_page_extreme, p_page_sample, p_member_count, p_bound, p_span,
     p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
-    s_page: tl.constexpr,
+    s_page: tl.constexpr, o_scales: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
@@ -159,13 +171,13 @@ def box_kernel(
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
-    p_scale = p_scales + i_h.to(tl.int64) * (s_head // 4)
+    p_scale = (p_stat + o_scales).to(tl.pointer_type(tl.float32))
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     if ROUNDED and i_s == PS:
         # The launch before may write the last page.
         await_previous(CHAINED)
         store_rounding(
-            p_rounding, p_scale, p_table + ranked, b_q, b_scale, b_slope, i_row, o_g, n, ranked,
+            p_rounding, p_scale + 1, p_table + ranked, b_q, b_scale, b_slope, i_row, o_g, n, ranked,
             s_page, G, D, ALIBI,
         )  # fmt: skip
         if CERTIFY:
@@ -184,10 +196,7 @@ def box_kernel(
         b_page = b_next
         b_next = tl.load(p_table + o_page + PS * BP, mask=o_page + PS * BP < ranked, other=0)
         b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
-        o_scale = b_page.to(tl.int64) * (s_page // 4)
-        b_center_scale, b_half_scale = tl.load(p_scale + o_scale), tl.load(p_scale + o_scale + 1)
-        if CERTIFY:
-            b_radius = tl.load(p_scale + o_scale + 2)
+        b_center_scale, b_half_scale, b_radius = load_box_scales(p_scale, b_page, s_page)
         b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
         b_center *= b_center_scale[:, None]
         b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
