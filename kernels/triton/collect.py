@@ -139,7 +139,8 @@ def collect_kernel(
     DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, CLASSES: tl.constexpr,
     GUESSED: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
-    BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    BL: tl.constexpr, BR: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     OVERFULL: tl.constexpr, MAKE_UP: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
     OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +171,8 @@ def collect_kernel(
         list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
             p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table,
-            list_stride, page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, PS, PSP,
-            EXACT_ROWS, COUNT, CHAINED,
+            list_stride, page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, BR, PS,
+            PSP, EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)

@@ -36,7 +36,7 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
     (
         *("p_listed", "p_listed_count", "p_reach", "p_page_extreme", "p_near_place"),
         *("p_spread", "p_page_sample", "p_member_count", "p_candidates"),
-        *("budget", "BL", "PS", "PSP"),
+        *("budget", "BL", "BR", "PS", "PSP"),
     )
 )
 """What the kernels are given of a choice of pages where there is none."""
@@ -214,6 +214,7 @@ def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
         "PSP": power_of_two(shape.page_splits),
         "BP": shape.page_tile,
         "BL": shape.list_tile,
+        "BR": shape.rest_tile,
         "ALONE": shape.ranked_alone,
         "BM": shape.most_members,
         "BF": shape.most_candidates,

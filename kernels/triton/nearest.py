@@ -20,6 +20,7 @@ from .pages import (
     places,
     ranked_pages,
     store_pages,
+    sum_by_thread,
 )
 from .scores import allow_next, await_previous
 
@@ -78,7 +79,17 @@ def are_nearer(b_distance, trial):
 
 
 @triton.jit
-def try_four(b_distance, found, far):
+def count_nearer(b_distance, trials):
+    """How many pages are nearer than each of four trials, as two words of two numbers of 16 bits,
+    [BL] each: of one page each, or of a thread's."""
+    # Counts are at most 2 ** 16 - 1, so one sum serves two.
+    b_low = are_nearer(b_distance, trials[0]) + (are_nearer(b_distance, trials[1]) << 16)
+    b_high = are_nearer(b_distance, trials[2]) + (are_nearer(b_distance, trials[3]) << 16)
+    return b_low, b_high
+
+
+@triton.jit
+def try_four(b_distance, found, far, b_rest=None):
     """Four distances between two, rising, and how many of at most 2 ** 16 pages are nearer than
     each."""
     # About the fifths; 51 / 256 is a little less than one.
@@ -87,12 +98,15 @@ def try_four(b_distance, found, far):
     second = found + tl.maximum(fifth * 2 >> 8, 1)
     third = found + tl.maximum(fifth * 3 >> 8, 1)
     fourth = found + tl.maximum(fifth * 4 >> 8, 1)
-    # Counts are at most 2 ** 16 - 1, so one sum serves two.
-    b_low = are_nearer(b_distance, first) + (are_nearer(b_distance, second) << 16)
-    b_high = are_nearer(b_distance, third) + (are_nearer(b_distance, fourth) << 16)
+    trials = (first, second, third, fourth)
+    b_low, b_high = count_nearer(b_distance, trials)
+    if b_rest is not None:
+        b_rest_low, b_rest_high = count_nearer(b_rest, trials)
+        b_low = sum_by_thread(b_low) + sum_by_thread(b_rest_low)
+        b_high = sum_by_thread(b_high) + sum_by_thread(b_rest_high)
     low, high = sum_pairs((b_low, b_high))
     return (
-        (first, second, third, fourth),
+        trials,
         (
             (low & 0xFFFF).to(tl.int32),
             (low >> 16).to(tl.int32),
@@ -120,9 +134,11 @@ def first_beyond(far, trials, counts, wanted):
 
 
 @triton.jit
-def find(b_distance, found, far, nearer, within, wanted, slack):
+def find(b_distance, found, far, nearer, within, wanted, slack, b_rest=None):
     """The largest distance below which lie at most `wanted` of at most 2 ** 16 pages, and how many
     do; any such distance if they are at least `wanted - slack`.
+
+    b_distance, b_rest: [BL] and, of more pages, [BR], as many as a program has threads or more.
 
     `nearer` pages lie below `found`, not more than wanted, and `within` below `far`, which is
     returned if these are not more than wanted.
@@ -133,7 +149,7 @@ def find(b_distance, found, far, nearer, within, wanted, slack):
     if wanted >= within:
         found, nearer = far, wanted
     while (far - found > 1) & (nearer < wanted - slack):
-        trials, counts = try_four(b_distance, found, far)
+        trials, counts = try_four(b_distance, found, far, b_rest)
         found, nearer = last_within(found, nearer, trials, counts, wanted)
         far = first_beyond(far, trials, counts, wanted)
     return found, nearer
@@ -169,25 +185,48 @@ def list_few(
     p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages, list_stride,
     page_stride, budget,
     G: tl.constexpr, GW: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, CHAINED: tl.constexpr,
+    BR: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Awaits the launch before; lists those pages of a row of at most BL but the last one that
+    """Awaits the launch before; lists those pages of a row of at most BL + BR but the last one that
     are chosen and that split i_s reads: the `budget` nearest, of pages as near the earlier; all
     that it reads, if the row is read whole."""
     o_page = tl.arange(0, BL)
     b_page = tl.load(p_table + o_page, mask=o_page < pages, other=0).to(tl.int32)
+    if BR > 0:
+        o_rest = BL + tl.arange(0, BR)
+        b_rest_page = tl.load(p_table + o_rest, mask=o_rest < pages, other=0).to(tl.int32)
     await_previous(CHAINED)
     b_place = tl.where(o_page < pages, o_page, NEVER)
+    if BR > 0:
+        b_rest_place = tl.where(o_rest < pages, o_rest, NEVER)
     if ranked > 0:
         p_r = p_reach + i_row.to(tl.int64) * page_stride * GW
         b_reach = load_reach(p_r, o_page, ranked, G, GW)
+        if BR > 0:
+            b_rest_reach = load_reach(p_r, o_rest, ranked, G, GW)
         b_extreme = load_extremes(p_page_extreme, i_row, G, GW, PS, PSP)
         # Loads are moved to where they are needed, but not past this: they go out together.
         tl.debug_barrier()
         b_peak, steps = row_scale(b_extreme, GW)
         b_distance = measure(b_reach, b_peak, steps, o_page, ranked, G)
-        found, nearer = find(b_distance, 0, STEPS, 0, ranked, budget, 0)
-        b_place, _, _ = place_nearest(b_distance, found, budget - nearer, 0, 0, BL, CHAINED)
+        b_rest = None
+        if BR > 0:
+            b_rest = measure(b_rest_reach, b_peak, steps, o_rest, ranked, G)
+        found, nearer = find(b_distance, 0, STEPS, 0, ranked, budget, 0, b_rest)
+        ties = budget - nearer
+        b_place, before, tied = place_nearest(b_distance, found, ties, 0, 0, BL, CHAINED)
+        if BR > 0:
+            b_rest_place, _, _ = place_nearest(b_rest, found, ties, before, tied, BR, CHAINED)
+    store_own(p_list, b_place, b_page, o_page, i_s, PAGES, S, list_stride)
+    if BR > 0:
+        store_own(p_list, b_rest_place, b_rest_page, o_rest, i_s, PAGES, S, list_stride)
+
+
+@triton.jit
+def store_own(
+    p_list, b_place, b_page, o_page, i_s, PAGES: tl.constexpr, S: tl.constexpr, list_stride
+):
+    """Stores those of chosen pages that split i_s reads: of S splits every S-th PAGES."""
     m_own = (b_place < NEVER) & (b_place.to(tl.uint32) // PAGES % S == i_s)
     store_pages(p_list, b_place, b_page, o_page, m_own, list_stride)
 
@@ -198,11 +237,11 @@ def list_own(
     p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table, list_stride,
     page_stride, exact_below, budget,
     G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, PAGES: tl.constexpr, S: tl.constexpr,
-    BL: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    COUNT: tl.constexpr, CHAINED: tl.constexpr,
+    BL: tl.constexpr, BR: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Awaits the launch before; lists the chosen pages of one short row, of at most BL pages, that
-    split i_s reads: of S splits every S-th PAGES of the list.
+    """Awaits the launch before; lists the chosen pages of one short row, of at most BL + BR pages,
+    that split i_s reads: of S splits every S-th PAGES of the list.
 
     Every split stores their number, the same, and reads what it has stored itself. A row of few
     pages is not made to pay for the room that others have.
@@ -216,12 +255,12 @@ def list_own(
     if pages <= FEW:
         list_few(
             p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages,
-            list_stride, page_stride, budget, G, GW, PAGES, S, FEW, PS, PSP, CHAINED,
+            list_stride, page_stride, budget, G, GW, PAGES, S, FEW, 0, PS, PSP, CHAINED,
         )  # fmt: skip
     else:
         list_few(
             p_table, p_reach, p_page_extreme, p_list, i_row, i_s, ranked, pages,
-            list_stride, page_stride, budget, G, GW, PAGES, S, BL, PS, PSP, CHAINED,
+            list_stride, page_stride, budget, G, GW, PAGES, S, BL, BR, PS, PSP, CHAINED,
         )  # fmt: skip
     chosen = tl.minimum(budget, ranked)
     if chosen // PAGES % S == i_s:
@@ -239,7 +278,7 @@ def choose_kernel(
     p_counters,
     s_block_table, list_stride, page_stride, exact_below, budget,
     HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, BL: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    BR: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, EXACT_ROWS: tl.constexpr,
     COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists the chosen pages of one short row."""
@@ -247,7 +286,7 @@ def choose_kernel(
     list_own(
         p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
         p_listed_count, p_counters, i_b, i_h, i_b * HKV + i_h, 0, s_block_table,
-        list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, BL, PS, PSP, EXACT_ROWS,
+        list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, BL, BR, PS, PSP, EXACT_ROWS,
         COUNT, CHAINED,
     )  # fmt: skip
     allow_next(CHAINED)

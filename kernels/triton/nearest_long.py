@@ -195,7 +195,7 @@ def distance_kernel(
         list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
             p_listed_count, p_counters, i_b, i_h, i_row, 0, s_block_table,
-            list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, PS, PSP,
+            list_stride, page_stride, exact_below, budget, G, GW, P, 1, 1, ALONE, 0, PS, PSP,
             EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     else:

@@ -82,6 +82,20 @@ def places(m_nearer, m_tied, BL: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
+def by_thread(b_held):
+    """What each thread holds of a tensor [N], as [N / threads, threads]."""
+    N: tl.constexpr = b_held.shape[0]
+    THREADS: tl.constexpr = min(N, 128 if INTERPRETED else tl.extra.cuda.num_threads())
+    return tl.reshape(b_held, [N // THREADS, THREADS])
+
+
+@triton.jit
+def sum_by_thread(b_held):
+    """Sums of what each thread holds of a tensor [N], [threads]."""
+    return tl.sum(by_thread(b_held), 0)
+
+
+@triton.jit
 def gathered_places(m_kept, first):
     """Places in a list of those of a mask [N], from `first` on, and how many they are; others have
     any place.
@@ -89,13 +103,11 @@ def gathered_places(m_kept, first):
     Those that a thread holds are neighbours in it: it counts its own, and threads are counted once.
     Places in their order would take a sum of a warp for each one that a thread holds.
     """
-    N: tl.constexpr = m_kept.shape[0]
-    THREADS: tl.constexpr = min(N, 128 if INTERPRETED else tl.extra.cuda.num_threads())
-    m_own = tl.reshape(m_kept.to(tl.int32), [N // THREADS, THREADS])
+    m_own = by_thread(m_kept.to(tl.int32))
     b_thread = tl.sum(m_own, 0)  # [THREADS]
     b_before = first + tl.cumsum(b_thread, 0) - b_thread
     b_place = b_before[None, :] + tl.cumsum(m_own, 0) - m_own
-    return tl.reshape(b_place, [N]), tl.sum(b_thread, 0)
+    return tl.reshape(b_place, m_kept.shape), tl.sum(b_thread, 0)
 
 
 @triton.jit

@@ -176,7 +176,7 @@ class Shape:
     def collect_warps(self) -> int:
         """Warps of each of them: more where a program ranks more pages than four hold."""
         ranks = self.selector == "topk" and self.ranked_by_readers
-        held = power_of_two(self.max_pages) * self.group_width
+        held = self.list_tile * self.group_width
         return 8 if ranks and held > RANKED_REACHES // 2 else 4
 
     @cached_property
@@ -313,11 +313,21 @@ class Shape:
 
     @cached_property
     def list_tile(self) -> int:
-        """Pages that one of the programs that list those of a row looks at."""
+        """Pages that one of the programs that list those of a row looks at, but for `rest_tile`."""
         if self.selector == "topk" and not self.long_rows:
-            return max(256, power_of_two(self.max_pages))
+            return max(256, power_of_two(self.max_pages) >> (self.rest_tile > 0))
         tile = 1024 if self.max_pages <= 1 << 15 else 2048
         return min(tile, (1 << 16) // self.group_width)
+
+    @cached_property
+    def rest_tile(self) -> int:
+        """Pages beyond a power of two of which a program that lists all those of a short row looks
+        at as well, where they are few: it need not have twice the threads for them."""
+        if self.selector != "topk" or self.long_rows:
+            return 0
+        half = power_of_two(self.max_pages) // 2
+        rest = max(256, power_of_two(self.max_pages - half))
+        return rest if rest <= half // 4 else 0
 
     @cached_property
     def first_tiles(self) -> int:

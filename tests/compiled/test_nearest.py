@@ -60,6 +60,36 @@ def test_the_nearest_pages_have_a_place_each(kind, pages, warps):
         assert chosen == nearer
 
 
+@triton.jit
+def choose_of_both_kernel(
+    p_distance, p_place, wanted,
+    BL: tl.constexpr, BR: tl.constexpr, STEPS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    o_page, o_rest = tl.arange(0, BL), BL + tl.arange(0, BR)
+    b_distance, b_rest = tl.load(p_distance + o_page), tl.load(p_distance + o_rest)
+    found, nearer = find(b_distance, 0, STEPS, 0, BL + BR, wanted, 0, b_rest)
+    ties = wanted - nearer
+    b_place, before, tied = place_nearest(b_distance, found, ties, 0, 0, BL, CHAINED)
+    b_rest_place, _, _ = place_nearest(b_rest, found, ties, before, tied, BR, CHAINED)
+    tl.store(p_place + o_page, b_place)
+    tl.store(p_place + o_rest, b_rest_place)
+
+
+@pytest.mark.parametrize("warps", [4, 8], ids="{} warps".format)
+@pytest.mark.parametrize("kind", ["different", "crowded", "few"])
+def test_pages_beyond_a_power_of_two_are_chosen_with_the_others(kind, warps):
+    distance = distances(kind, 1280)
+    order = distance.cpu().sort(stable=True).indices
+    chained = can_chain(torch.device(DEVICE))
+    for wanted in (1, 64, 1101, 1280):
+        place = torch.empty_like(distance)
+        choose_of_both_kernel[(1,)](
+            distance, place, wanted, 1024, 256, STEPS.value, chained, num_warps=warps
+        )
+        assert (place.cpu()[order[:wanted]].sort().values == torch.arange(wanted)).all()
+        assert (place.cpu()[order[wanted:]] >= 1280).all()
+
+
 @pytest.mark.parametrize("slack", [3, 50], ids="{} less will do".format)
 def test_a_distance_that_has_nearly_enough_pages_will_do(slack):
     distance = distances("different", 1024)
