@@ -25,6 +25,10 @@ STORED_BYTES = 9 << 21
 sequence of 32 heads has as many with 147,456 tokens; above 131,072 that takes up to 3% longer than
 a guess, and much less where a table with room for as many holds a shorter one."""
 
+STORED_TOKENS = 147456
+"""So many of a sequence at most: with 524,288 of 8 heads, whose scores are no more bytes, storing
+takes 10% longer."""
+
 HELD = 2048
 """Scores of a query head that one program holds."""
 
@@ -212,7 +216,7 @@ class Shape:
         """Rows that read at most so many tokens store all scores."""
         if self.budget is not None:
             return STORE_LISTED_BELOW
-        stored = STORED_BYTES // (4 * self.planned_batch * self.query_heads)
+        stored = min(STORED_TOKENS, STORED_BYTES // (4 * self.planned_batch * self.query_heads))
         return max(STORE_BELOW, self.max_read if self.max_read <= stored else 0)
 
     @cached_property

@@ -242,6 +242,18 @@ def test_a_workspace_for_many_sequences_serves_fewer():
         assert shape.capacity(size) >= shape.capacity(shape.good_size)
 
 
+@pytest.mark.parametrize(
+    "batch, query_heads, max_tokens, stored",
+    [
+        *[(1, 32, 1 << 17, 1), (1, 8, 1 << 17, 1), (8, 32, 1 << 15, 1)],
+        *[(1, 32, 1 << 18, 0), (1, 8, 1 << 19, 0), (8, 32, 1 << 17, 0)],
+    ],
+)
+def test_all_scores_are_stored_where_they_are_few(batch, query_heads, max_tokens, stored):
+    shape = Shape(batch, query_heads, 8, 128, 16, torch.bfloat16, max_tokens, 132)
+    assert (shape.store_below >= max_tokens) == stored
+
+
 def test_what_a_step_is_divided_by_is_found_out_once(monkeypatch):
     launches = import_module("entmaxkv_kernels.triton.decode")
     monkeypatch.setattr(launches, "shape_of", workspace.shape_of)
