@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import benchmark_serving
 import check_certificate
 import pytest
 import soak
@@ -83,7 +84,7 @@ def test_measured_steps_read_what_they_say():
     ("name", "selectors"),
     [
         ("serving-h200", {"exact", "topk"}),
-        ("serving-h200-overlapped", {"exact", "topk"}),
+        ("serving-h200-captures", {"exact", "topk"}),
         ("serving-h200-compiled", {"exact", "topk"}),
         ("serving-h200-gaussian", {"gaussian"}),
     ],
@@ -101,7 +102,14 @@ def test_serving_is_compared_within_a_run_and_sparse_selectors_left_pages_unread
         assert row["ratio_flash_attn"] == pytest.approx(flash[place(row)] / row["tpot_ms"])
         assert row["steps"] > 0 and row["support"] > 0
         sparse = row["selector"] != "exact"
-        assert (row["sparse_steps"] > 0.99 * row["steps"]) if sparse else row["sparse_steps"] == 0
+        # Read whole: the first step of every request, one more of them profiled, and two each time
+        # that graphs are captured anew.
+        captures = len(row.get("captures_ms", "1"))
+        sequences = row["requests"] * (benchmark_serving.REQUESTS * captures + 1)
+        layers = benchmark_serving.SHAPES[row["model"]]["num_hidden_layers"]
+        whole = layers * (sequences + 2 * (captures - 1))
+        assert row["steps"] - row["sparse_steps"] <= (whole if sparse else row["steps"])
+        assert (row["sparse_steps"] > 0) is sparse
         assert (row["pages_read_share"] < 1) is sparse
 
 
@@ -175,7 +183,7 @@ def test_the_guard_of_adaptive_misses_hardly_a_needle():
         if row["needle"] and row["selector"] == tabulate_selectors.DEFAULT
     ]
     assert len(default) == 18
-    assert sum(row["needles_missed"] == 0 for row in default) == 15
+    assert sum(row["needles_missed"] == 0 for row in default) == 16
     assert max(row["needles_missed"] for row in default) < 0.1
 
 
