@@ -77,7 +77,7 @@ class EntmaxKVConfig:
     selector: str = "exact"
     prune: bool = False
     token_budget: int = 2048
-    margin: float = 1.1
+    margin: float = 1.25
     guard: float = 1.2
     page_size: int = 16
     dense_layers: tuple[int, ...] = ()

@@ -121,7 +121,7 @@ class Adaptive:
         key that the estimate misses is likely to be in one. 0 for no guard, or at least 1.
     """
 
-    margin: float = 1.1
+    margin: float = 1.25
     reach: float | None = None
     first_pages: int = 16
     guard: float = 1.2

@@ -196,7 +196,7 @@ def selectors_for(length: int) -> dict[str, Selector]:
     for reach in REACHES:
         found[f"fixed reach, {reach:g}"] = Adaptive(reach=reach)
     for guard in GUARDS:
-        found[f"guard {guard:g}, margin 1.1"] = Adaptive(guard=guard)
+        found[f"guard {guard:g}, margin 1.1"] = Adaptive(margin=1.1, guard=guard)
     for share in (0.03, 0.0625, 0.125, 0.25, 0.5):
         found[f"topk, {share:.2%}"] = TopK(int(share * length))
     return found
