@@ -201,7 +201,7 @@ def attend_kernel(
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound = load_unread(
             p_listed_count, p_bound, p_span, p_rounding, i_b * HKV + i_h, i_head, i_d, n, ranked,
-            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
+            page_stride, P, PS, PSP, BC, DC, LISTED, CERTIFY, CHAINED,
         )  # fmt: skip
         peak = tl.load(p_peak + i_head)
         tl.debug_barrier()

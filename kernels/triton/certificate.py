@@ -13,6 +13,8 @@ import triton.language as tl
 from ..reference.certificate import LEAST_BOUND, THRESHOLD_ROUNDING
 from ..report import BOUND_LIMITS, Counter
 from .entmax import weigh_scores
+from .pages import INTERPRETED
+from .scores import prefetch
 
 CERTIFIED = tl.constexpr(int(Counter.CERTIFIED))
 LEAST, LESS, MORE, MOST = map(tl.constexpr, BOUND_LIMITS)
@@ -67,21 +69,51 @@ def load_bounds(p_bound, i_head, o_page, ranked, page_stride):
 @triton.jit
 def load_unread(
     p_listed_count, p_bound, p_span, p_rounding, i_row, i_head, i_c, n, ranked, page_stride,
-    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
-    CERTIFY: tl.constexpr,
+    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
+    LISTED: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """What a certificate takes but the threshold: how many pages are unread where nothing bounds
-    them, else what rounding can do, and bounds of the first BC pages of part i_c."""
+    them, else what rounding can do, and bounds of the first BC pages of part i_c in C; the others
+    are asked for."""
     unread = tl.full([], 0, tl.int32)
     rounding = tl.full([], 0.0, tl.float32)
     b_bound = tl.zeros([BC], tl.float32)
     if CERTIFY == BOUNDED:
         o_page = i_c * BC + tl.arange(0, BC)
         b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
+        # One of eight, as many as a sector of the cache has.
+        o_page = i_c * BC + tl.arange(0, max(1, BC // 8)) * 8
+        for i_p in range(C * BC, ranked, C * BC):
+            p_b = p_bound + i_head.to(tl.int64) * page_stride + o_page + i_p
+            prefetch(p_b, o_page + i_p < ranked, CHAINED)
         rounding = load_rounding(p_span, p_rounding, i_row, i_head, i_head >= 0, PS, PSP)
     elif LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
     return unread, rounding, b_bound
+
+
+@triton.jit
+def add_alone(p_sum, part):
+    """Adds to a sum of 64 bits. What it was before is known to the program's first thread, the one
+    that stores what is no tensor, and the others go on: `tl.atomic_add` has all of them wait."""
+    if INTERPRETED:
+        return tl.atomic_add(p_sum, part, sem="relaxed")
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .pred %first;
+                .reg .b32 %thread;
+                mov.u32 %thread, %tid.x;
+                setp.eq.u32 %first, %thread, 0;
+                mov.b64 $0, 0;
+                @%first atom.global.relaxed.gpu.add.u64 $0, [$1], $2;
+            }""",
+            "=&l,l,l,~{memory}",
+            [p_sum.to(tl.int64), part],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -105,7 +137,7 @@ def sum_unread(
     weigh nothing, and whether it is complete.
 
     C programs share a head, each with every C-th BC of its pages; it is complete with the one that
-    comes last.
+    comes last. Both are known to the program's first thread, with C = 1 to all.
 
     tau: the threshold less `peak`, or for SOFTMAX the logarithm of the sum of exponentials.
     """
@@ -125,7 +157,7 @@ def sum_unread(
         bound = tl.where(mass < 1.0, mass, 1.0)
         if C > 1:
             part = tl.ceil(bound * UNITS).to(tl.int64) + ARRIVAL
-            total = tl.atomic_add(p_unread_mass + i_head, part, sem="relaxed") + part
+            total = add_alone(p_unread_mass + i_head, part) + part
             bound = tl.minimum((total % ARRIVAL).to(tl.float32) * (1.0 / UNITS), 1.0)
             complete = total // ARRIVAL == C
     else:

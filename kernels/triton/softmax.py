@@ -132,7 +132,7 @@ def softmax_combine_kernel(
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound = load_unread(
             p_listed_count, p_bound, p_span, p_rounding, i_row, i_row * G + i_hq % G, 0, n, ranked,
-            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
+            page_stride, P, PS, PSP, BC, 1, LISTED, CERTIFY, False,
         )  # fmt: skip
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_hq % G, 0, ranked,
