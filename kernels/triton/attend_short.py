@@ -12,7 +12,7 @@ from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments, weigh_scores
 from .fallback import any_of, make_up
 from .filter import above
-from .pages import gathered_places, ranked_pages
+from .pages import count_listed, gathered_places, ranked_pages
 from .scores import await_previous, page_source, prefetch
 
 # Scores that lie less below the largest one of a head are likely to have weight: with alpha 1.5 the
@@ -66,7 +66,7 @@ def attend_short_kernel(
     p_bound, p_span, p_rounding, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_head, s_block_table, list_stride, window,
     capacity, limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
-    s_certificate,
+    s_certificate, budget,
     s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
@@ -94,6 +94,10 @@ def attend_short_kernel(
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
     ROOM: tl.constexpr = TILES * S * (BN // P)
+    listed = None
+    if budget is not None:
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        listed = count_listed(n, ranked, budget, P)
     if MAKE_UP:
         left = any_of(p_exact_rows, rows // HKV)
     await_previous(CHAINED)
@@ -119,7 +123,7 @@ def attend_short_kernel(
         b_maximum = tl.load(p_maximum + o_a, mask=o_a < S * CLASSES, other=-float("inf"))
     p_pages, _, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_b * HKV + i_h, n, window, s_block_table,
-        list_stride, P, WINDOW, LISTED,
+        list_stride, P, WINDOW, LISTED, listed,
     )  # fmt: skip
     if MAKE_UP and entries > ROOM:
         return
@@ -134,7 +138,8 @@ def attend_short_kernel(
     if R <= WHOLE:
         b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
     if CERTIFY > 0:
-        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        if budget is None:
+            _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         unread, rounding, b_bound = load_unread(
             p_listed_count, p_bound, p_span, p_rounding, i_b * HKV + i_h, i_head, i_d, n, ranked,
             page_stride, P, PS, PSP, BC, DC, LISTED, CERTIFY, CHAINED,

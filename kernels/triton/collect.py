@@ -15,6 +15,7 @@ import triton.language as tl
 from .certificate import BOUNDED, take_bounds
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .nearest import list_own
+from .pages import count_listed, ranked_pages
 from .scores import (
     allow_next,
     await_if,
@@ -167,19 +168,23 @@ def collect_kernel(
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     PAGES: tl.constexpr = BN // P
+    listed = None
     if CHOOSING:
-        list_own(
+        listed = list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
             p_listed_count, p_counters, i_b, i_h, i_row, i_s, s_block_table,
             list_stride, page_stride, exact_below, budget, G, GW, P, PAGES, S, BL, BR, PS,
             PSP, EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     elif LISTED:
+        if budget is not None:
+            _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+            listed = count_listed(n, ranked, budget, P)
         await_previous(CHAINED)
     allow_next(CHAINED and (OVERLAPPED or not LISTED))
     p_pages, first, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
-        P, WINDOW, LISTED,
+        P, WINDOW, LISTED, listed,
     )  # fmt: skip
     b_guess = tl.where(m_g, -float("inf"), float("inf"))
     filtered = 0

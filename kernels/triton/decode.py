@@ -209,7 +209,7 @@ def _certify(selector: Selector, shape: Shape) -> int:
 def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
     """How the ranking of the pages is divided."""
     return {
-        "budget": selector.token_budget // shape.page_size if isinstance(selector, TopK) else 0,
+        "budget": selector.token_budget // shape.page_size if isinstance(selector, TopK) else None,
         "PS": shape.page_splits,
         "PSP": power_of_two(shape.page_splits),
         "BP": shape.page_tile,

@@ -14,6 +14,7 @@ from .entmax import sum_pairs
 from .pages import (
     NEVER,
     WARP,
+    count_listed,
     count_read,
     gathered_places,
     list_last,
@@ -241,7 +242,7 @@ def list_own(
     EXACT_ROWS: tl.constexpr, COUNT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Awaits the launch before; lists the chosen pages of one short row, of at most BL + BR pages,
-    that split i_s reads: of S splits every S-th PAGES of the list.
+    that split i_s reads: of S splits every S-th PAGES of the list. Returns how many there are.
 
     Every split stores their number, the same, and reads what it has stored itself. A row of few
     pages is not made to pay for the room that others have.
@@ -265,11 +266,13 @@ def list_own(
     chosen = tl.minimum(budget, ranked)
     if chosen // PAGES % S == i_s:
         list_last(p_list, last_page, chosen, ranked, list_stride)
-    tl.store(p_listed_count + i_row, chosen + pages - ranked)
+    listed = count_listed(n, ranked, budget, P)
+    tl.store(p_listed_count + i_row, listed)
     if COUNT and i_s == 0:
-        count_read(p_counters, i_h, chosen + pages - ranked, ranked)
+        count_read(p_counters, i_h, listed, ranked)
     # The program's other threads stored some of what a thread reads.
     tl.debug_barrier()
+    return listed
 
 
 @triton.jit(do_not_specialize=["list_stride", "page_stride", "s_block_table"])

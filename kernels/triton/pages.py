@@ -111,6 +111,13 @@ def gathered_places(m_kept, first):
 
 
 @triton.jit
+def count_listed(n, ranked, budget, P: tl.constexpr):
+    """How many pages of a row are listed for a budget: the chosen ones and the last, or all of a
+    row that is read whole, of which none are ranked."""
+    return tl.minimum(budget, ranked) + (n + P - 1) // P - ranked
+
+
+@triton.jit
 def list_last(p_list, last_page, chosen, ranked, list_stride):
     """Lists the last page of a ranked row after its chosen ones."""
     if ranked > 0:

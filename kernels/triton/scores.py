@@ -89,11 +89,17 @@ def allow_next(CHAINED: tl.constexpr):
 
 @triton.jit
 def count_pages(
-    p_listed_count, i_row, n, window, P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr
-):
+    p_listed_count, i_row, n, window, P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    listed=None,
+):  # fmt: skip
     """Number in the sequence of the first page that a row reads, and how many pages it reads;
-    the first counts for nothing where pages are listed."""
-    if LISTED:
+    the first counts for nothing where pages are listed.
+
+    listed: how many are, where that is known: no load waits for another.
+    """
+    if listed is not None:
+        return 0, listed
+    elif LISTED:
         return 0, tl.load(p_listed_count + i_row)
     else:
         first = 0
@@ -105,13 +111,13 @@ def count_pages(
 @triton.jit
 def page_source(
     p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
-    P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    P: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, listed=None,
 ):  # fmt: skip
     """Where a row's pages begin, and what `count_pages` says of them.
 
     p_listed: [rows, 2, list_stride], a row's physical pages and their numbers in the sequence.
     """
-    first, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED)
+    first, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED, listed)
     if LISTED:
         return p_listed + i_row.to(tl.int64) * (2 * list_stride), first, entries
     else:
