@@ -180,7 +180,7 @@ class Shape:
     def collect_warps(self) -> int:
         """Warps of each of them: more where a program ranks more pages than four hold."""
         ranks = self.selector == "topk" and self.ranked_by_readers
-        held = self.list_tile * self.group_width
+        held = (self.list_tile + self.rest_tile) * self.group_width
         return 8 if ranks and held > RANKED_REACHES // 2 else 4
 
     @cached_property
@@ -356,7 +356,7 @@ class Shape:
 
     @cached_property
     def list_tiles(self) -> int:
-        return -(-self.max_pages // self.list_tile)
+        return -(-self.max_pages // (self.list_tile + self.rest_tile))
 
     def fields(self, capacity: int) -> dict[str, tuple[torch.dtype, int]]:
         """Elements of each part of the workspace, with lists of `capacity` per split."""
