@@ -81,9 +81,8 @@ def are_nearer(b_distance, trial):
 
 @triton.jit
 def count_nearer(b_distance, trials):
-    """How many pages are nearer than each of four trials, as two words of two numbers of 16 bits,
-    [BL] each: of one page each, or of a thread's."""
-    # Counts are at most 2 ** 16 - 1, so one sum serves two.
+    """For each page whether it is nearer than each of four trials, 1 or 0: two words [BL] of two
+    numbers of 16 bits each. Counts are at most 2 ** 16 - 1, so a sum of words serves two."""
     b_low = are_nearer(b_distance, trials[0]) + (are_nearer(b_distance, trials[1]) << 16)
     b_high = are_nearer(b_distance, trials[2]) + (are_nearer(b_distance, trials[3]) << 16)
     return b_low, b_high
