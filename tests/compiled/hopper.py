@@ -153,6 +153,9 @@ def take_steps() -> None:
     decode_step(TopK(16384), 1 << 18)
     decode_step(TopK(16384), 1 << 19)
     decode_step(TopK(512), 8192, alpha=mixed)
+    # Some pages more than 1,024: those who read them choose them, or a launch does.
+    decode_step(TopK(1024), 1100 * PAGE_SIZE, exact_rows=exact_rows)
+    decode_step(TopK(1024), 1100 * PAGE_SIZE, alpha=mixed)
     certificate = torch.zeros(1, QUERY_HEADS)
     for tokens, budget, alpha in ((8192, 512, mixed), (1 << 16, 4096, 1.5), (1 << 18, 16384, 1.5)):
         decode_step(TopK(budget), tokens, alpha=alpha, certificate=certificate)
