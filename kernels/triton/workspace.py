@@ -326,7 +326,7 @@ class Shape:
     @cached_property
     def rest_tile(self) -> int:
         """Pages beyond a power of two of which a program that lists all those of a short row looks
-        at as well, where they are few: it need not have twice the threads for them."""
+        at as well, where they are few: room for the next power of two would be nearly twice."""
         if self.selector != "topk" or self.long_rows:
             return 0
         half = power_of_two(self.max_pages) // 2
