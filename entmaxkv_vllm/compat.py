@@ -16,7 +16,7 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
     "vllm": ("ModelRegistry.register_model",),
     "vllm.config": (
         "ParallelConfig.local_world_size",
-        "VllmConfig",
+        "VllmConfig.use_v2_model_runner",
         "get_current_vllm_config",
         "get_current_vllm_config_or_none",
     ),
@@ -101,6 +101,12 @@ def _exists(module: str, path: list[str]) -> bool:
             return False
         found = getattr(found, name)
     return True
+
+
+def flags_resumed(vllm_config: Any) -> bool:
+    """Whether `is_prefilling` tells of a sequence that starts again after preemption, as of one
+    that starts: the older model runner takes its generated tokens for decoded ones."""
+    return bool(vllm_config.use_v2_model_runner)
 
 
 def vllm_distribution() -> tuple[str, str] | None:

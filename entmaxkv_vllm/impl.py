@@ -9,9 +9,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from entmaxkv_kernels import Exact, PagedCache, append, decode, prefill, split_pages
+from entmaxkv_kernels import Exact, NewTokens, PagedCache, append, decode, prefill, split_pages
 from entmaxkv_kernels.pages import FP8
-from entmaxkv_vllm import cache, scratch, telemetry
+from entmaxkv_vllm import cache, compat, scratch, telemetry
 from entmaxkv_vllm.config import OTHER_BACKEND, ConfigurationError, from_vllm
 from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata, PrefillRows
 from entmaxkv_vllm.warm_up import compile_kernels
@@ -77,6 +77,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             vllm_config.model_config.max_model_len, self.config.page_size
         )
         self.local_workers = vllm_config.parallel_config.local_world_size
+        self.flags_resumed = compat.flags_resumed(vllm_config)
         self.counters = telemetry.worker_counters(vllm_config)
         self._warm = False
         self._layer_index: int | None = None
@@ -118,15 +119,27 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         }
         if self.kernels == "triton" and not self._warm:
             self._warm = compile_kernels(self, layer, query, pages, attn_metadata, options)
-        appends = self.kv_sharing_target_layer_name is None
-        if appends:
-            self.append_tokens(layer, key, value, pages, attn_metadata.slot_mapping)
-        if attn_metadata.decode is not None:
-            alone = appends and attn_metadata.prefill is None
-            self._decode(layer, query, pages, attn_metadata.decode, output, options, alone)
+        rows, new_tokens = attn_metadata.decode, None
+        if self.kv_sharing_target_layer_name is None:
+            slots = attn_metadata.slot_mapping
+            if rows is not None and attn_metadata.prefill is None and self._decode_appends(rows):
+                new_tokens = NewTokens(key[: rows.count], value[: rows.count], slots[: rows.count])
+            else:
+                self.append_tokens(layer, key, value, pages, slots)
+        if rows is not None:
+            self._decode(layer, query, pages, rows, output, options, new_tokens)
         if attn_metadata.prefill is not None:
             self.prefill_rows(query, pages, attn_metadata.prefill, output, options)
         return output
+
+    def _decode_appends(self, rows: DecodeRows) -> bool:
+        """Whether one call can append the tokens of a batch and decode it.
+
+        A sequence that ranks its pages must not have one that another fills in this step. Only one
+        in its first step can have it, which is flagged, so that it is read whole.
+        """
+        flagged = self.flags_resumed or isinstance(self.selector, Exact)
+        return flagged and rows.count <= scratch.DECODE_ROWS
 
     def append_tokens(
         self,
@@ -155,10 +168,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         rows: DecodeRows,
         output: torch.Tensor,
         options: dict[str, Any],
-        after_append: bool,
+        new_tokens: NewTokens | None,
     ) -> None:
         index = self.index_of(layer)
-        self.decode_rows(index, query, pages, rows, output, options, after_append)
+        self.decode_rows(index, query, pages, rows, output, options, new_tokens)
         self.counters.publish(index)
 
     def decode_rows(
@@ -169,9 +182,10 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         rows: DecodeRows,
         output: torch.Tensor,
         options: dict[str, Any],
-        after_append: bool = False,
+        new_tokens: NewTokens | None = None,
     ) -> None:
-        """Decode as many sequences at a time as scratch is planned for."""
+        """Decode as many sequences at a time as scratch is planned for, which may be given with
+        their new tokens."""
         sparse = bool(pages.layout.statistics)
         certificates = self._certificates(query)
         for first in range(0, rows.count, scratch.DECODE_ROWS):
@@ -187,7 +201,7 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
                 counters=self.counters.row(index, query.device),
                 out=output[part],
                 certificate=None if certificates is None else certificates[: part.stop - first],
-                after_append=after_append and first == 0,
+                new_tokens=new_tokens,
                 **options,
             )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import AttentionLayer
 
-from entmaxkv_kernels import PagedCache
+from entmaxkv_kernels import NewTokens, PagedCache
 from entmaxkv_vllm import scratch
 from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata, PrefillRows
 
@@ -69,7 +69,7 @@ def _append_and_decode(
     rows: DecodeRows | PrefillRows,
     options: dict[str, Any],
 ) -> None:
-    """Tokens that have no slot, and sequences of length 0.
+    """Tokens that have no slot, and sequences of length 0, with such a token and without.
 
     The chip is divided for the next power of two of the sequences, which `most` need not be.
     """
@@ -91,7 +91,10 @@ def _append_and_decode(
         count = min(1 << exponent, most)
         exact = None if flags is None else flags[:count]
         empty = DecodeRows(count, table[:count], lengths[:count], exact)
-        impl.decode_rows(impl.index_of(layer), inputs, pages, empty, outputs, options)
+        new = query.new_zeros(count, impl.num_kv_heads, impl.head_size)
+        new_tokens = NewTokens(new, new, empty.seq_lens.new_full((count,), -1, dtype=torch.int64))
+        for given in (new_tokens, None):
+            impl.decode_rows(impl.index_of(layer), inputs, pages, empty, outputs, options, given)
 
 
 def _prefill(

@@ -6,7 +6,7 @@ sparse step with the exact one with `analyze_decode`.
 """
 
 from .api import analyze_decode, append, decode, prefill
-from .pages import PagedCache, PageLayout, allocate_pages, split_pages
+from .pages import NewTokens, PagedCache, PageLayout, allocate_pages, split_pages
 from .report import Counter, DecodeReport
 from .selectors import Adaptive, Exact, Gaussian, Selector, TopK
 
@@ -16,6 +16,7 @@ __all__ = [
     "DecodeReport",
     "Exact",
     "Gaussian",
+    "NewTokens",
     "PageLayout",
     "PagedCache",
     "Selector",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .pages import PagedCache
+from .pages import NewTokens, PagedCache
 from .report import DecodeReport
 from .selectors import Selector
 from .validation import (
@@ -25,6 +25,7 @@ from .validation import (
     check_attention,
     check_compiled,
     check_decode,
+    check_new_tokens,
     check_query_start_loc,
     check_scales,
     check_strides,
@@ -195,16 +196,16 @@ def decode(
     value_scale: float = 1.0,
     counters: Tensor | None = None,
     out: Tensor | None = None,
-    after_append: bool = False,
+    new_tokens: NewTokens | None = None,
     certificate: Tensor | None = None,
     workspace: Tensor | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Attention of one new token per sequence over the pages that a selector chooses.
 
-    The token's key and value have already been appended; it stands at position seq_len - 1. The
-    last page is always read. The weights are the exact entmax of what is read and sum to one. All
-    query heads of a KV head read the same pages.
+    The token's key and value are in the cache or in `new_tokens`; it stands at position
+    seq_len - 1. The last page is always read. The weights are the exact entmax of what is read and
+    sum to one. All query heads of a KV head read the same pages.
 
     query: [B, query_heads, head_size], dtype as in `prefill`.
     block_table, seq_lens, scale, alpha, alibi_slopes, key_scale, value_scale: as in `prefill`; a
@@ -217,11 +218,9 @@ def decode(
     exact_below: sequences of at most this many tokens are decoded exactly.
     counters: [len(Counter)] int64, added to in place; see `Counter`.
     out: [B, query_heads, head_size] to write to, dtype of the query.
-    after_append: the call before on this stream was `append` with the newest token of every
-        sequence of a batch that these are part of, and nothing else; its arguments are still alive,
-        and older pages of a sequence are complete but for the one before the last, which another
-        sequence may fill in that call. Given a workspace, the compiled kernels read older pages
-        while append still runs; results are the same.
+    new_tokens: keys and values to `append` first, in the same launches where that can be. Other
+        rows of a sequence are complete; only where it is decoded exactly may another sequence of
+        the batch fill the page before its last one.
     certificate: [B, query_heads] fp32 to write to how much exact attention weighs unread tokens at
         most, in [0, 1]: 0 proves that the output is the exact one, 1 says nothing. The gaussian
         selector bounds nothing: it gives 1 unless every page was read. 0 for padding.
@@ -234,6 +233,8 @@ def decode(
     check_attention(query, cache, block_table, seq_lens, scale, alibi_slopes, sliding_window, out)
     alphas = check_alpha(alpha, query.shape[1])
     check_decode(query, cache, seq_lens, alphas, selector, exact_rows, counters, certificate)
+    if new_tokens is not None:
+        check_new_tokens(cache, new_tokens, seq_lens)
     check_scales(cache, key_scale, value_scale)
     compute = _load(
         implementation,
@@ -246,6 +247,7 @@ def decode(
         counters=counters,
         out=out,
         certificate=certificate,
+        slot_mapping=None if new_tokens is None else new_tokens.slot_mapping,
     )
     return compute.decode(
         query,
@@ -261,8 +263,9 @@ def decode(
         exact_below=exact_below,
         counters=counters,
         out=torch.empty_like(query) if out is None else out,
+        key_scale=float(key_scale),
         value_scale=float(value_scale),
-        after_append=after_append,
+        new_tokens=new_tokens,
         certificate=certificate,
         **_scratch(implementation, workspace, query),
     )

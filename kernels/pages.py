@@ -131,6 +131,18 @@ class PagedCache(NamedTuple):
         return statistics
 
 
+class NewTokens(NamedTuple):
+    """The newest token of every sequence of a batch.
+
+    key, value: [B, kv_heads, head_size], of the cache's dtype, or 16 or 32 bits for an fp8 cache
+    slot_mapping: [B] int64, page * page_size + offset; negative for a sequence without a new token
+    """
+
+    key: Tensor
+    value: Tensor
+    slot_mapping: Tensor
+
+
 def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
     """View raw pages as keys, values and statistics, without copying.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pages import FP8, PagedCache
+from .pages import FP8, NewTokens, PagedCache
 from .report import Counter
 from .selectors import Selector, needs_entmax
 
@@ -89,6 +89,12 @@ def check_append(
     _tensor("value", value, shape, dtypes, device)
     if counters is not None:
         _tensor("counters", counters, (len(Counter),), (torch.int64,), device)
+
+
+def check_new_tokens(cache: PagedCache, new_tokens: NewTokens, seq_lens: Tensor) -> None:
+    check_append(cache, *new_tokens, None)
+    batch, tokens = len(seq_lens), len(new_tokens.slot_mapping)
+    _require(tokens == batch, "new_tokens", f"{tokens} tokens", f"one for each of {batch} rows")
 
 
 def check_attention(

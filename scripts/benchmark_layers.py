@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from entmaxkv_kernels import Exact, Selector, TopK, append, decode
+from entmaxkv_kernels import Exact, NewTokens, Selector, TopK, decode
 from entmaxkv_vllm.bench.arms import EntmaxArm
 from entmaxkv_vllm.bench.batch import Request
 from entmaxkv_vllm.bench.peers import flash_attention
@@ -90,14 +90,13 @@ def flash_arm(work: Workload) -> Attend:
 
 
 def entmax_arm(work: Workload, selector: Selector) -> Attend:
-    """As the backend does: flags of exact rows with a sparse selector, decoding overlaps append."""
+    """As the backend does: flags of exact rows with a sparse selector, the step appends."""
     arm, shape = EntmaxArm(work, selector), work.shape
     key, value, slots = new_tokens(work)
     exact_rows = torch.zeros(1, dtype=torch.bool, device=shape.device)
     kernels: dict[str, Any] = {"counters": arm.counters, "implementation": shape.implementation}
 
     def attend(index: int) -> None:
-        append(arm.cache, key, value, slots[index], **kernels)
         decode(
             work.queries[index],
             arm.cache,
@@ -109,7 +108,7 @@ def entmax_arm(work: Workload, selector: Selector) -> Attend:
             exact_rows=exact_rows if selector.statistics else None,
             out=arm.outs[index],
             workspace=arm.workspace,
-            after_append=True,
+            new_tokens=NewTokens(key, value, slots[index]),
             **kernels,
         )
 

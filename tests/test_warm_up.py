@@ -21,7 +21,7 @@ class Layer:
 
     def __init__(self, max_sequences):
         self.max_sequences = max_sequences
-        self.decoded, self.prefilled = [], []
+        self.decoded, self.prefilled, self.appended = [], [], []
 
     def index_of(self, layer):
         return 0
@@ -29,8 +29,10 @@ class Layer:
     def append_tokens(self, layer, key, value, pages, slots):
         assert (slots < 0).all()
 
-    def decode_rows(self, index, query, pages, rows, output, options):
+    def decode_rows(self, index, query, pages, rows, output, options, new_tokens):
+        assert new_tokens is None or len(new_tokens.slot_mapping) == rows.count
         self.decoded.append(rows)
+        self.appended.append(new_tokens is not None)
 
     def prefill_rows(self, query, pages, rows, output, options):
         self.prefilled.append(rows)
@@ -66,9 +68,10 @@ def test_block_tables_are_as_wide_and_as_far_apart_as_served_ones(warm):
 def test_every_batch_is_divided_like_one_that_was_compiled(warm, most):
     layer = Layer(most)
     warm(layer)
-    compiled = {power_of_two(rows.count) for rows in layer.decoded}
+    steps = zip(layer.decoded, layer.appended, strict=True)
+    compiled = {(power_of_two(rows.count), appended) for rows, appended in steps}
     served = range(1, min(most, scratch.DECODE_ROWS) + 1)
-    assert {power_of_two(count) for count in served} == compiled
+    assert {(power_of_two(n), appended) for n in served for appended in (True, False)} == compiled
 
 
 def test_a_layer_of_the_same_kind_is_compiled_once(warm):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..pages import PagedCache
+from ..pages import NewTokens, PagedCache
 from ..report import Counter, DecodeReport
 from ..selectors import Adaptive, Exact, Selector, TopK
+from .append import append
 from .certificate import certificate as certificate_of
 from .certificate import count_by_size, dropped_mass_bound, round_up
 from .entmax import solve_entmax
@@ -38,11 +39,14 @@ def decode(
     exact_below: int,
     counters: Tensor | None,
     out: Tensor,
+    key_scale: float = 1.0,
     value_scale: float = 1.0,
-    after_append: bool = False,
+    new_tokens: NewTokens | None = None,
     certificate: Tensor | None = None,
 ) -> Tensor:
-    """See `entmaxkv_kernels.decode`."""
+    """See `entmaxkv_kernels.decode`; `scale` is multiplied by `key_scale` already."""
+    if new_tokens is not None:
+        append(cache, *new_tokens, key_scale=key_scale, value_scale=value_scale, counters=counters)
     seq_lens = seq_lens.long()
     bounds = None
     if certificate is not None:

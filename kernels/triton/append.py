@@ -104,6 +104,36 @@ def radius_of(b_key, m_key, b_center, b_half):
 
 
 @triton.jit
+def store_statistics(
+    p_statistics, p_scales, o_page, b_key, m_row, rows, o_d, D: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """Writes the statistics of the first `rows` keys of a page, b_key [P, DP], which m_row [P, 1]
+    names; o_page is where the page has them, in elements of them."""
+    count = rows.to(tl.float32)
+    if STATISTICS == 1:
+        b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
+        b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
+        variance = tl.sum(b_deviation * b_deviation, 0) / count
+        b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
+    else:
+        b_first, b_second, first_scale, second_scale, radius = box_around(b_key, m_row, count)
+        # Strides of the scales, of four bytes, are not given: the statistics are of one.
+        tl.store(p_scales + o_page // 4, first_scale)
+        tl.store(p_scales + o_page // 4 + 1, second_scale)
+        tl.store(p_scales + o_page // 4 + 2, radius)
+    p_first = p_statistics + o_page + o_d
+    tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
+    tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit
+def count_page(p_counters):
+    """Counts a page that was written to."""
+    tl.atomic_add(p_counters + APPENDED_PAGES, tl.full([], 1, tl.int64), sem="relaxed")
+
+
+@triton.jit
 def write_row(
     p_new, p_cache, i_t, i_h, slot, s_token, s_new_head, s_page, s_head, scale,
     D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
@@ -159,22 +189,10 @@ def write_page(
     if STATISTICS > 0:
         b_key = tl.where(m_new, b_key.to(tl.float32), b_old.to(tl.float32))  # [P, DP]
         m_row = (back >= 0)[:, None]
-        statistics = (slot // P) * s_statistics_page + i_h * s_statistics_head
-        count = (last + 1).to(tl.float32)
-        if STATISTICS == 1:
-            b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
-            b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
-            variance = tl.sum(b_deviation * b_deviation, 0) / count
-            b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
-        else:
-            b_first, b_second, first_scale, second_scale, radius = box_around(b_key, m_row, count)
-            # Strides of the scales, of four bytes, are not given: the statistics are of one.
-            tl.store(p_scales + statistics // 4, first_scale)
-            tl.store(p_scales + statistics // 4 + 1, second_scale)
-            tl.store(p_scales + statistics // 4 + 2, radius)
-        p_first = p_statistics + statistics + o_d
-        tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
-        tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
+        o_page = (slot // P) * s_statistics_page + i_h * s_statistics_head
+        store_statistics(
+            p_statistics, p_scales, o_page, b_key, m_row, last + 1, o_d, D, STATISTICS
+        )  # fmt: skip
 
 
 # Rows that are not known to be aligned have one channel per thread in loads: what is found of a
@@ -224,8 +242,7 @@ def append_kernel(
                 value_scale, D, DP, P,
             )  # fmt: skip
         if COUNT and last:
-            one = tl.full([], 1, tl.int64)
-            tl.atomic_add(p_counters + APPENDED_PAGES, one, sem="relaxed")
+            count_page(p_counters)
 
 
 # Rows of pages without statistics are only copied.

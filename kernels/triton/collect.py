@@ -15,6 +15,7 @@ import triton.language as tl
 from .certificate import BOUNDED, take_bounds
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .nearest import list_own
+from .newest import write_last_statistics, write_newest
 from .pages import count_listed, ranked_pages
 from .scores import (
     allow_next,
@@ -30,6 +31,7 @@ from .scores import (
     score_rows,
 )
 from .together import clear_words
+from .topk import store_last_span
 
 # Mass above the guess that the sample is made to show: more gives longer lists, less failures.
 GUESSED_MASS = tl.constexpr(2.5)
@@ -128,13 +130,21 @@ def guess_kernel(
 
 
 # Tables that are not aligned have one element per thread in loads, as scattered stores have.
-@triton.jit(do_not_specialize=["early", "s_block_table"])
+@triton.jit(
+    do_not_specialize=[
+        *("early", "s_block_table", "s_new_key_b", "s_new_key_h", "s_new_value_b", "s_new_value_h"),
+        *("s_statistics_page", "s_statistics_head", "batch"),
+    ]
+)
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_exact_rows, p_reach, p_page_extreme, p_bound, p_counters, p_words,
+    p_exact_rows, p_reach, p_page_extreme, p_bound, p_rounding, p_counters, p_words,
+    p_new_key, p_new_value, p_slot_mapping, p_value, p_statistics, p_scales,
     s_query_b, s_query_h, s_head, s_block_table, list_stride, window, capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
+    s_new_key_b, s_new_key_h, s_new_value_b, s_new_value_h, s_statistics_page, s_statistics_head,
+    key_scale, value_scale, batch,
     s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, CLASSES: tl.constexpr,
@@ -143,7 +153,8 @@ def collect_kernel(
     BL: tl.constexpr, BR: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     OVERFULL: tl.constexpr, MAKE_UP: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
-    OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr,
+    APPENDS: tl.constexpr, STATISTICS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Lists slot and scores of the tokens of one split that any head of the group may need.
 
@@ -153,6 +164,8 @@ def collect_kernel(
 
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
+    APPENDS: writes the newest token of every sequence, too, as `append` does, and STATISTICS of its
+    page by a program of its own after the splits.
     OVERLAPPED: lets the next launch start beside this one, as it does where no pages are listed.
     """
     if not LISTED and not GUESSED:
@@ -161,14 +174,41 @@ def collect_kernel(
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    PAGES: tl.constexpr = BN // P
+    listed = None
+    if budget is not None:
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        listed = count_listed(n, ranked, budget, P)
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
+    if APPENDS:
+        if i_s == S:
+            write_last_statistics(
+                p_new_key, p_slot_mapping, p_key, p_statistics, p_scales, i_b, i_h,
+                s_new_key_b, s_new_key_h, s_page, s_head, s_statistics_page, s_statistics_head,
+                key_scale, D, DP, P, STATISTICS,
+            )  # fmt: skip
+            if CERTIFY == BOUNDED:
+                # The program's other threads wrote some of what a thread reads.
+                tl.debug_barrier()
+                p_own_scales = p_scales + i_h.to(tl.int64) * (s_statistics_head // 4)
+                p_last = p_block_table + i_b.to(tl.int64) * s_block_table + ranked
+                store_last_span(
+                    p_rounding, p_own_scales, p_last, i_row, o_g, ranked, s_statistics_page // 4, G
+                )  # fmt: skip
+            allow_next(CHAINED)
+            return
+        _, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED, listed)
+        write_newest(
+            p_new_key, p_new_value, p_slot_mapping, p_key, p_value, p_block_table, p_counters,
+            i_b, i_h, i_s, n, entries, batch, s_new_key_b, s_new_key_h, s_new_value_b,
+            s_new_value_h, s_page, s_head, s_block_table, key_scale, value_scale, D, DP, P, PAGES,
+            S, COUNT,
+        )  # fmt: skip
     m_g = o_g < G
     b_scale, b_slope, b_exponent = load_scales(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
-    PAGES: tl.constexpr = BN // P
-    listed = None
     if CHOOSING:
         listed = list_own(
             p_block_table, p_seq_lens, p_exact_rows, p_reach, p_page_extreme, p_listed,
@@ -177,9 +217,6 @@ def collect_kernel(
             PSP, EXACT_ROWS, COUNT, CHAINED,
         )  # fmt: skip
     elif LISTED:
-        if budget is not None:
-            _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-            listed = count_listed(n, ranked, budget, P)
         await_previous(CHAINED)
     allow_next(CHAINED and (OVERLAPPED or not LISTED))
     p_pages, first, entries = page_source(
@@ -191,7 +228,7 @@ def collect_kernel(
     if GUESSED:
         filtered = (entries * P > store_below).to(tl.int32)
     tiles = (entries + PAGES - 1) // PAGES
-    if not LISTED:
+    if not LISTED and not APPENDS:
         # Only who reads the last page needs the launch before, and may read others first.
         soon = ((tiles - 1) % S == i_s) & (i_s + STAGES * S >= tiles)
         await_if((early == 0) | (filtered > 0) | may_be_fresh(n, P) | soon, CHAINED)
@@ -216,7 +253,7 @@ def collect_kernel(
         p_pages, i_s * PAGES + o_n // P, first, entries, list_stride, LISTED
     )
     for i_t in tl.range(i_s, tiles, S, num_stages=STAGES):
-        if not LISTED:
+        if not LISTED and not APPENDS:
             # Before the pipeline asks for the last tile.
             await_if(i_t == tiles - 1 - STAGES * S, CHAINED)
         b_page, b_logical = b_next, b_next_logical

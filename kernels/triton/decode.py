@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pages import PagedCache
+from ..pages import STATISTICS, NewTokens, PagedCache
 from ..reference.entmax import exponent, score_factor
-from ..selectors import Adaptive, Exact, Selector, TopK
+from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .adaptive import first_kernel, wanted_kernel
+from .append import append
 from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .certificate import BOUNDED, PROVED
@@ -19,6 +20,7 @@ from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .launch import launch
 from .nearest import choose_kernel
 from .nearest_long import distance_kernel, list_nearest_kernel
+from .newest import MOST_SEQUENCES
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
@@ -45,6 +47,19 @@ NO_BOUNDS: dict[str, Any] = dict.fromkeys(("p_bound", "p_span", "p_rounding", "p
 """What they are given of bounds where nothing is certified by any."""
 
 
+NOTHING_NEW: dict[str, Any] = dict.fromkeys(
+    (
+        *("p_new_key", "p_new_value", "p_slot_mapping", "p_statistics"),
+        *("s_new_key_b", "s_new_key_h", "s_new_value_b", "s_new_value_h"),
+        *("s_statistics_page", "s_statistics_head", "key_scale", "batch", "STATISTICS"),
+    )
+)
+"""What they are given of new tokens where none is appended by them."""
+
+HELD_BY_THREAD = 16
+"""Elements of a page's keys that a thread holds at most where it finds their statistics."""
+
+
 def decode(
     query: Tensor,
     cache: PagedCache,
@@ -60,12 +75,14 @@ def decode(
     exact_below: int,
     counters: Tensor | None,
     out: Tensor,
+    key_scale: float = 1.0,
     value_scale: float = 1.0,
-    after_append: bool = False,
+    new_tokens: NewTokens | None = None,
     certificate: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """See `entmaxkv_kernels.decode`; fp8, fp16, bf16 and fp32.
+    """See `entmaxkv_kernels.decode`; fp8, fp16, bf16 and fp32. `scale` is multiplied by `key_scale`
+    already.
 
     workspace: [bytes] uint8, contiguous, at least what `decode_workspace_size` says for speed; its
         content does not matter. Without it the step allocates one.
@@ -78,8 +95,8 @@ def decode(
         selector = Exact()  # every page inside the window is read
     certified = certificate is not None
     shape = step_shape(query, cache, block_table, selector, exact_below, certified)
-    # Memory that is taken only now can be what the append that still runs reads.
-    early = after_append and workspace is not None
+    # Memory that is taken only after an append can be what that still reads.
+    early = new_tokens is not None and workspace is not None
     if workspace is None:
         workspace = torch.empty(shape.good_size, dtype=torch.uint8, device=query.device)
     if workspace.numel() < shape.least_size:
@@ -89,6 +106,11 @@ def decode(
     capacity = shape.capacity(workspace.numel())
     tile, splits = shape.tile, shape.splits
     store_below = min(shape.store_below, capacity // tile * tile * splits)
+    softmax, guessed = isinstance(alpha, Tensor) or alpha == 1, shape.max_read > store_below
+    appends = new_tokens is not None and _appends(shape, cache, selector, softmax or guessed)
+    newest = _newest(cache, new_tokens, key_scale) if new_tokens is not None and appends else {}
+    if new_tokens is not None and not appends:
+        append(cache, *new_tokens, key_scale=key_scale, value_scale=value_scale, counters=counters)
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
     arguments = {
         **{f"p_{name}": part for name, part in shape.divide(workspace, capacity).items()},
@@ -116,7 +138,7 @@ def decode(
         "page_stride": shape.page_stride,
         "window": sliding_window or 0,
         "exact_below": exact_below,
-        "early": int(early),
+        "early": int(early and not appends),
         "capacity": capacity,
         "limit": shape.near,
         "rows": shape.batch * shape.kv_heads,
@@ -139,7 +161,7 @@ def decode(
         "BN": tile,
         "CLASSES": shape.classes,
         "M": shape.sample,
-        "GUESSED": shape.max_read > store_below,
+        "GUESSED": guessed,
         "BK": max(32, shape.page_size),
         "SHARES": shape.processors,
         "WINDOW": sliding_window is not None,
@@ -152,16 +174,16 @@ def decode(
         "CERTIFY": _certify(selector, shape) if certified else 0,
         "BC": shape.certificate_tile(4),
         "COUNT": counters is not None,
+        "APPENDS": appends,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
     }
-    softmax = isinstance(alpha, Tensor) or alpha == 1
     # Where nothing else reads the list, it is made by those who read the pages.
-    alone = not softmax and not arguments["GUESSED"]
+    alone = not softmax and not guessed
     choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
     choice = {"CHOOSING": choosing, "OVERLAPPED": choosing and shape.overlapped}
-    arguments = NO_CHOICE | NO_BOUNDS | arguments | choice
+    arguments = NO_CHOICE | NO_BOUNDS | NOTHING_NEW | arguments | choice | newest
     if shape.listed:
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)
@@ -197,6 +219,36 @@ def step_shape(
         certified and isinstance(selector, TopK | Adaptive),
         first_pages_of(selector, block_table.shape[1], page_size),
     )
+
+
+def _appends(shape: Shape, cache: PagedCache, selector: Selector, others: bool) -> bool:
+    """Whether those who score keys append the new ones: where no other launch reads keys (`others`)
+    or what is known of a sequence's last page."""
+    if others or isinstance(selector, Gaussian | Adaptive) or shape.selector == "pruned":
+        return False
+    elements = shape.page_size * shape.padded_head_size if cache.layout.statistics else 0
+    held = HELD_BY_THREAD * 32 * shape.collect_warps
+    return elements <= held and shape.batch <= MOST_SEQUENCES.value
+
+
+def _newest(cache: PagedCache, new_tokens: NewTokens, key_scale: float) -> dict[str, Any]:
+    """What the kernels are given of new tokens that they append."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in new_tokens[:2])
+    return {
+        "p_new_key": key,
+        "p_new_value": value,
+        "p_slot_mapping": new_tokens.slot_mapping,
+        "p_statistics": cache.statistics,
+        "s_new_key_b": key.stride(0),
+        "s_new_key_h": key.stride(1),
+        "s_new_value_b": value.stride(0),
+        "s_new_value_h": value.stride(1),
+        "s_statistics_page": cache.statistics.stride(0),
+        "s_statistics_head": cache.statistics.stride(1),
+        "key_scale": key_scale,
+        "batch": len(key),
+        "STATISTICS": STATISTICS.index(cache.layout.statistics),
+    }
 
 
 def _certify(selector: Selector, shape: Shape) -> int:
@@ -336,7 +388,9 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
         "MAKE_UP": anywhere or arguments["OVERFULL"],
         "FLAGGED": not anywhere,
     }
-    _chain(collect_kernel, rows, arguments, STAGES=2, num_warps=shape.collect_warps)
+    # One more writes statistics.
+    collects = (shape.splits + int(bool(arguments["STATISTICS"])), *rows[1:])
+    _chain(collect_kernel, collects, arguments, STAGES=2, num_warps=shape.collect_warps)
     warps = _attend_warps(shape)
     sharing = shape.certificate_parts(warps)
     values = {

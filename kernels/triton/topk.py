@@ -65,18 +65,27 @@ def sum_squares(b_half, b_q):
 
 
 @triton.jit
+def store_last_span(
+    p_rounding, p_scale, p_page, i_row, o_g, ranked, s_page, G: tl.constexpr
+):  # fmt: skip
+    """Sum of the two scales of the last page of a row, of which `ranked` pages are ranked, as the
+    third number of p_rounding; s_page is in scales."""
+    p_scale += tl.load(p_page, mask=ranked > 0, other=0).to(tl.int64) * s_page
+    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
+    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
+    b_span = tl.zeros(o_g.shape, tl.float32) + span
+    tl.store(p_rounding + (i_row * G + o_g) * 3 + 2, b_span, mask=o_g < G)
+
+
+@triton.jit
 def store_rounding(
-    p_rounding, p_scale, p_last, b_q, b_scale, b_slope, i_row, o_g, n, ranked, s_page,
+    p_rounding, b_q, b_scale, b_slope, i_row, o_g, n,
     G: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """By how much at most rounding can change scores of keys, and bounds, for each head of a group:
     per sum of a page's two scales, and besides, and this sum of the last page, which is read
-    without being ranked, [rows, G, 3]; see `sound_bounds` in `reference/quest.py`."""
+    without being ranked, [rows, G, 3]: all but that; see `sound_bounds` in `reference/quest.py`."""
     ROUNDING: tl.constexpr = 4 * D * 2.0**-23
-    # Two loads one after the other: they go out first.
-    p_scale += tl.load(p_last, mask=ranked > 0, other=0).to(tl.int64) * (s_page // 4)
-    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
-    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
     b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0) + QUERY_MIN
     p_own = p_rounding + (i_row * G + o_g) * 3
     tl.store(p_own, b_size * b_scale * (ROUNDING * 127), mask=o_g < G)
@@ -84,7 +93,6 @@ def store_rounding(
     if ALIBI:
         b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
     tl.store(p_own + 1, b_fixed, mask=o_g < G)
-    tl.store(p_own + 2, tl.zeros_like(b_size) + span, mask=o_g < G)
 
 
 @triton.jit
@@ -143,7 +151,7 @@ def box_kernel(
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     STEP: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr, CERTIFY: tl.constexpr,
-    OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
+    APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
@@ -155,6 +163,7 @@ def box_kernel(
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
     ROUNDED: also how much that can be, for each head p_rounding, by a program of its own after the
     splits, and the largest sum of the two scales of a page of a split, p_span [rows, PS].
+    APPENDS: the last page is not yet appended to, and who does that says what it adds to this.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -174,12 +183,13 @@ def box_kernel(
     p_scale = (p_stat + o_scales).to(tl.pointer_type(tl.float32))
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
     if ROUNDED and i_s == PS:
-        # The launch before may write the last page.
-        await_previous(CHAINED)
-        store_rounding(
-            p_rounding, p_scale + 1, p_table + ranked, b_q, b_scale, b_slope, i_row, o_g, n, ranked,
-            s_page, G, D, ALIBI,
-        )  # fmt: skip
+        store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
+        if not APPENDS:
+            # The launch before may write the last page.
+            await_previous(CHAINED)
+            store_last_span(
+                p_rounding, p_scale + 1, p_table + ranked, i_row, o_g, ranked, s_page // 4, G
+            )  # fmt: skip
         if CERTIFY:
             tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
         return

@@ -17,6 +17,7 @@ from entmaxkv_kernels import (
     Counter,
     Exact,
     Gaussian,
+    NewTokens,
     PagedCache,
     PageLayout,
     TopK,
@@ -73,8 +74,10 @@ def decode_step(
     dtype: torch.dtype = torch.bfloat16,
     *,
     batch: int = 1,
+    appends: bool = False,
     **options: Any,
 ) -> None:
+    new = torch.zeros(batch, KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
     query = torch.zeros(batch, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
     decode(
         query,
@@ -91,6 +94,9 @@ def decode_step(
             "exact_below": 0,
             "counters": torch.zeros(len(Counter), dtype=torch.int64),
             "out": torch.empty_like(query),
+            "new_tokens": NewTokens(new, new, torch.zeros(batch, dtype=torch.int64))
+            if appends
+            else None,
             **options,
         },
     )
@@ -137,6 +143,7 @@ def main() -> None:
 def take_batched_steps(batch: int) -> None:
     exact_rows = torch.zeros(batch, dtype=torch.bool)
     decode_step(TopK(512), 8192, exact_rows=exact_rows, batch=batch)
+    decode_step(TopK(512), 8192, exact_rows=exact_rows, batch=batch, appends=True)
     decode_step(Exact(), 1 << 18, batch=batch)
 
 
@@ -160,6 +167,9 @@ def take_steps() -> None:
     for tokens, budget, alpha in ((8192, 512, mixed), (1 << 16, 4096, 1.5), (1 << 18, 16384, 1.5)):
         decode_step(TopK(budget), tokens, alpha=alpha, certificate=certificate)
     decode_step(TopK(16384), 1 << 19, certificate=certificate)
+    for selector, tokens in (Exact(), 2048), (TopK(512), 8192), (TopK(16384), 1 << 18):
+        decode_step(selector, tokens, exact_rows=exact_rows, appends=True)
+    decode_step(TopK(512), 8192, FP8, certificate=certificate, appends=True)
     decode_step(TopK(512), 8192, FP8, exact_rows=exact_rows, certificate=certificate)
     decode_step(Exact(), 8192, certificate=certificate)
     decode_step(Gaussian(), 8192, certificate=certificate)

@@ -1,11 +1,13 @@
-"""Decoding that starts while the newest tokens are still being appended."""
+"""Decoding that appends the newest tokens."""
 
 import pytest
 import torch
 
 from entmaxkv_kernels import (
+    Counter,
     Exact,
     Gaussian,
+    NewTokens,
     PageLayout,
     TopK,
     allocate_pages,
@@ -13,6 +15,7 @@ from entmaxkv_kernels import (
     decode,
     split_pages,
 )
+from entmaxkv_kernels.pages import FP8
 from entmaxkv_kernels.triton import decode_workspace_size
 
 from .device import DEVICE
@@ -20,21 +23,26 @@ from .device import DEVICE
 PAGE = 16
 ON_GPU = DEVICE == "cuda"
 KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 16)
+SHARED = ("key_scale", "value_scale", "counters", "implementation")
+"""What append and decode are both given."""
 STEPS, REPLAYS = (8, 25) if ON_GPU else (2, 1)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
-SHORT = [96, 97, 1, 17, 16, 200, 95, 0]
-"""The second sequence shares all full pages of the first, which fills its last one in the step."""
+SHORT = [97, 96, 1, 17, 16, 200, 95, 0]
+"""The first sequence shares all full pages of the second, which fills its last one in the step; it
+is decoded exactly."""
 
 CASES = {
     "all scores stored": (Exact(), SHORT, 256, {}),
     "window": (Exact(), SHORT, 256, {"sliding_window": 50}),
-    "several tiles a program": (Exact(), [9008, 9009, 20001, 33], 20016, {}),
-    "short rows beside a guessed one": (Exact(), [40000, 40001, 97, 2048, 129], 40016, {}),
+    "several tiles a program": (Exact(), [9009, 9008, 20001, 33], 20016, {}),
+    "short rows beside a guessed one": (Exact(), [40001, 40000, 97, 2048, 129], 40016, {}),
     "chosen by who reads": (TopK(64), SHORT, 256, {"exact_below": 32}),
     "certified": (TopK(64), SHORT, 256, {"exact_below": 32, "certify": True}),
-    "chosen from a long table": (TopK(2048), [40000, 40001, 97, 2049], 40016, {}),
-    "guessed from a list": (TopK(66000), [80000, 80001, 97], 131072, {}),
+    "fp8": (TopK(64), SHORT, 256, {"certify": True, "key_scale": 0.3, "value_scale": 7.0}),
+    "chosen by launches": (TopK(4096), [70001, 70000, 131, 33000], 131072, {"certify": True}),
+    "chosen from a long table": (TopK(2048), [40001, 40000, 97, 2049], 40016, {}),
+    "guessed from a list": (TopK(66000), [80001, 80000, 97], 131072, {}),
     "gaussian": (Gaussian(), SHORT, 256, {"exact_below": 32}),
     "alpha per head": (Exact(), SHORT, 256, {"alpha": [1.0, 1.5, 2.0, 1.2][:GROUP] * KV_HEADS}),
 }
@@ -47,12 +55,15 @@ class Sequences:
     def __init__(self, selector, lengths, most, options):
         random = torch.Generator(DEVICE).manual_seed(1)
         width = -(-most // PAGE)
-        layout = PageLayout(PAGE, HEAD_SIZE, selector.statistics)
-        pool = allocate_pages(1 + len(lengths) * width, KV_HEADS, layout, DTYPE, DEVICE)
+        fp8 = "key_scale" in options
+        scales = {name: options[name] for name in options if name.endswith("_scale")}
+        layout = PageLayout(PAGE, HEAD_SIZE, selector.statistics, fp8=fp8)
+        dtype = FP8 if fp8 else DTYPE
+        pool = allocate_pages(1 + len(lengths) * width, KV_HEADS, layout, dtype, DEVICE)
         self.cache = split_pages(pool, layout)
         self.table = 1 + torch.arange(len(lengths) * width, dtype=torch.int32, device=DEVICE)
         self.table = self.table.view(len(lengths), width)
-        self.table[1, : lengths[0] // PAGE] = self.table[0, : lengths[0] // PAGE]
+        self.table[0, : lengths[1] // PAGE] = self.table[1, : lengths[1] // PAGE]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         last = self.lengths.long() - 1
         page = self.table.gather(1, (last.clamp(min=0) // PAGE)[:, None])[:, 0].long()
@@ -65,13 +76,13 @@ class Sequences:
             slots = torch.arange(length, device=DEVICE)
             slots = self.table[row].long()[slots // PAGE] * PAGE + slots % PAGE
             rows = normal(2, length, KV_HEADS, HEAD_SIZE)
-            append(self.cache, *rows, slots, implementation="triton")
+            append(self.cache, *rows, slots, implementation="triton", **scales)
         self.query = normal(STEPS, len(lengths), KV_HEADS * GROUP, HEAD_SIZE)
         # Large ones, of which every step's output tells which it saw.
         self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.out = torch.full_like(self.query, torch.nan)
-        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, PAGE, DTYPE, width * PAGE
+        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, PAGE, dtype, width * PAGE
         size = decode_workspace_size(
             len(lengths),
             *shape,
@@ -86,6 +97,8 @@ class Sequences:
             self.certificate = torch.full(self.query.shape[:3], torch.nan, device=DEVICE)
         self.options = {
             "scale": HEAD_SIZE**-0.5,
+            "exact_rows": torch.arange(len(lengths), device=DEVICE) == 0,
+            "counters": torch.zeros(len(Counter), dtype=torch.int64, device=DEVICE),
             "alpha": 1.5,
             "selector": selector,
             "implementation": "triton",
@@ -93,37 +106,61 @@ class Sequences:
             **options,
         }
 
-    def step(self, step, **options):
-        append(self.cache, self.key[step], self.value[step], self.slots, implementation="triton")
-        return decode(
+    def step(self, step, at_once):
+        new_tokens = NewTokens(self.key[step], self.value[step], self.slots)
+        if not at_once:
+            given = {x: self.options[x] for x in self.options if x in SHARED}
+            append(self.cache, *new_tokens, **given)
+        decode(
             self.query[step],
             self.cache,
             self.table,
             self.lengths,
             out=self.out[step],
             certificate=None if self.certificate is None else self.certificate[step],
+            new_tokens=new_tokens if at_once else None,
             **self.options,
-            **options,
         )
+
+    def forget(self):
+        """Erase what a step writes."""
+        self.out.fill_(torch.nan)
+        self.options["counters"].zero_()
+        if self.certificate is not None:
+            self.certificate.fill_(torch.nan)
+        written = self.slots[self.slots >= 0]
+        place = written // PAGE, slice(None), written % PAGE
+        nothing = torch.full_like(self.key[0][self.slots >= 0], torch.nan).to(self.cache.key.dtype)
+        self.cache.key[place] = self.cache.value[place] = nothing
+        self.cache.statistics[written // PAGE] = 0
+        self.cache.scales[written // PAGE] = 0
+
+    def written(self):
+        """What a step writes."""
+        written = self.slots[self.slots >= 0]
+        place = written // PAGE, slice(None), written % PAGE
+        found = [x[place].float() for x in (self.cache.key, self.cache.value)]
+        found += [x[written // PAGE] for x in (self.cache.statistics, self.cache.scales)]
+        found += [self.out.clone(), self.options["counters"].clone()]
+        return found if self.certificate is None else [*found, self.certificate.clone()]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decoding_right_after_append_sees_what_was_appended(case):
+def test_decoding_with_new_tokens_is_appending_and_decoding(case):
     if not ON_GPU and case in HEAVY:
         pytest.skip("long sequences take minutes in the interpreter, which runs nothing at once")
     sequences = Sequences(*CASES[case])
+    sequences.forget()
     for step in range(STEPS):
-        sequences.step(step)
+        sequences.step(step, at_once=False)
         if ON_GPU:
             torch.cuda.synchronize()
-    expected = sequences.out.clone()
-    certificate = sequences.certificate
-    expected_certificate = None if certificate is None else certificate.clone()
-    assert not torch.equal(expected[0], expected[1])
+    expected = sequences.written()
+    assert not torch.equal(sequences.out[0], sequences.out[1])
 
     def run_all():
         for step in range(STEPS):
-            sequences.step(step, after_append=True)
+            sequences.step(step, at_once=True)
 
     replay = run_all
     if ON_GPU:
@@ -133,9 +170,7 @@ def test_decoding_right_after_append_sees_what_was_appended(case):
             run_all()
         replay = graph.replay
     for _ in range(REPLAYS):
-        sequences.out.fill_(torch.nan)
-        if certificate is not None:
-            certificate.fill_(torch.nan)
+        sequences.forget()
         replay()
-        assert torch.equal(sequences.out, expected)
-        assert certificate is None or torch.equal(certificate, expected_certificate)
+        for found, wanted in zip(sequences.written(), expected, strict=True):
+            assert torch.equal(found, wanted)
