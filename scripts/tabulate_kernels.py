@@ -294,6 +294,7 @@ SECTIONS = (
         "The same, medians of five captures of each engine's graphs",
         serving_table,
     ),
+    ("serving-h200-appended.json", "The same since decoding appends", serving_table),
     ("layers-h200.json", "A step between the matrix products of its layer", layers_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),
