@@ -22,6 +22,8 @@ from torch import Tensor
 from entmaxkv_kernels import (
     Counter,
     Exact,
+    NewTokens,
+    PagedCache,
     decode,
     prefill,
 )
@@ -110,6 +112,36 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
     return (one.view(torch.uint8) != other.view(torch.uint8)).any()
 
 
+def newest_tokens(family: Family, pool: Pool, asked: Asked, call: Call) -> NewTokens:
+    """Of the sequences of a call their last tokens, which the pages hold already."""
+    last = call.seq_lens.long() - 1
+    held, size = last.clamp(min=0), family.page_size
+    page = call.block_table.gather(1, held[:, None] // size)[:, 0].long()
+    slots = torch.where(last < 0, -1, page * size + held % size)
+    place = asked.sequence[call.tokens], held
+    return NewTokens(pool.key[place], pool.value[place], slots)
+
+
+def forget(cache: PagedCache, new_tokens: NewTokens) -> None:
+    """Make what appending writes NaN, and -1 where it is an integer."""
+    page, row = new_tokens.slot_mapping // cache.layout.page_size, new_tokens.slot_mapping
+    row = row.remainder(cache.layout.page_size)
+    # Sequences without a token do so to the last page, which is poison already.
+    for rows in (cache.key, cache.value):
+        rows[page, :, row] = torch.nan
+    for statistics in (cache.statistics, cache.scales):
+        statistics[page] = torch.nan if statistics.is_floating_point() else -1
+
+
+def appended_wrongly(cache: PagedCache, new_tokens: NewTokens) -> Tensor:
+    """Whether the pages hold other keys or values than the new ones, []."""
+    size, there = cache.layout.page_size, new_tokens.slot_mapping >= 0
+    page, row = new_tokens.slot_mapping // size, new_tokens.slot_mapping.remainder(size)
+    pairs = (cache.key, new_tokens.key), (cache.value, new_tokens.value)
+    wrong = [rows[page, :, row].view(torch.uint8) != new.view(torch.uint8) for rows, new in pairs]
+    return ((wrong[0] | wrong[1]).flatten(1).any(1) & there).any()
+
+
 def run_decodes(
     family: Family, pool: Pool, asked: Asked, calls: list[Call], draw: Draw, careful: bool
 ) -> dict[str, Tensor]:
@@ -134,11 +166,22 @@ def run_decodes(
     out = torch.full_like(asked.query, torch.nan)
     counters = torch.zeros(2, len(calls), 2 * len(Counter), dtype=torch.int64, device=DEVICE)
     counters = counters[..., : len(Counter)]
-    again = torch.zeros(len(calls), dtype=torch.bool, device=DEVICE)
+    again, unwritten = torch.zeros(2, len(calls), dtype=torch.bool, device=DEVICE)
     for k in watched(len(calls), careful):
         call = calls[k]
+        # What an fp8 cache holds may not be what is stored of it again.
+        appends = not family.fp8 and draw.uniform(0, 1) < 0.4
+        new_tokens = newest_tokens(family, pool, asked, call) if appends else None
 
-        def step(into: Tensor, counted: Tensor, call: Call = call, k: int = k) -> Tensor:
+        def step(
+            into: Tensor,
+            counted: Tensor,
+            call: Call = call,
+            k: int = k,
+            new_tokens: NewTokens | None = new_tokens,
+        ) -> Tensor:
+            if new_tokens is not None:
+                forget(pool.cache, new_tokens)
             return decode(
                 asked.query[call.tokens],
                 pool.cache,
@@ -151,9 +194,12 @@ def run_decodes(
                 counters=counted,
                 out=into,
                 workspace=workspaces[k, : sizes[k]],
+                new_tokens=new_tokens,
             )
 
         step(out[call.tokens], counters[0, k])
+        if new_tokens is not None:
+            unwritten[k] = appended_wrongly(pool.cache, new_tokens)
         if draw.uniform(0, 1) < 0.01:
             second = step(torch.full_like(out[call.tokens], torch.nan), counters[1, k])
             again[k] = differ(out[call.tokens], second)
@@ -210,6 +256,7 @@ def run_decodes(
         "the last page is not read": of_rows(~last & (n > 0)) > 0,
         "a counter is wrong": torch.stack(wrong).any(0),
         "two runs differ": again,
+        "a new token is not appended": unwritten,
     }
 
 
