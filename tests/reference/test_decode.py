@@ -8,7 +8,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from entmaxkv_kernels import Counter, Exact, Gaussian, TopK, analyze_decode, decode
+from entmaxkv_kernels import Counter, Exact, Gaussian, NewTokens, TopK, analyze_decode, decode
 from entmaxkv_kernels.reference.quest import quest_bounds
 
 from . import golden
@@ -351,6 +351,28 @@ def test_rows_marked_exact_or_short_are_decoded_exactly(selector):
     assert counters[Counter.SPARSE_STEPS] == 2
     assert counters[Counter.PAGES_HELD] == 2 * (19 + 19 + 8 + 8)
     assert counters[Counter.PAGES_READ] == selected.sum()
+
+
+@named([ALL_PAGES[0], *SPARSE])
+def test_new_tokens_are_appended_before_anything_is_read(selector):
+    scene = make_scene([300, 17, 64, 0], statistics=selector.statistics, spread=6)
+    expected = scene.decode(selector=selector)
+    statistics = scene.cache.statistics.clone()
+    held = [(b, len(key) - 1) for b, key in enumerate(scene.key) if len(key)]
+    slots = torch.full((4,), -1)
+    key, value = torch.full((2, 4, *scene.key[0].shape[1:]), torch.nan).to(scene.cache.key.dtype)
+    for b, last in held:
+        slots[b] = scene.slots(b, last, last + 1)
+        key[b], value[b] = scene.key[b][last], scene.value[b][last]
+        page, row = divmod(int(slots[b]), scene.page_size)
+        scene.cache.key[page, :, row] = scene.cache.value[page, :, row] = torch.nan
+        scene.cache.statistics[page] = 0
+    counters = torch.zeros(len(Counter), dtype=torch.int64)
+    new_tokens = NewTokens(key, value, slots)
+    out = scene.decode(selector=selector, new_tokens=new_tokens, counters=counters)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(scene.cache.statistics, statistics, equal_nan=True)
+    assert counters[Counter.APPENDED_PAGES] == 3 * scene.cache.key.shape[1]
 
 
 def test_counters_add_up_over_calls():

@@ -9,6 +9,7 @@ from entmaxkv_kernels import (
     Counter,
     Exact,
     Gaussian,
+    NewTokens,
     TopK,
     analyze_decode,
     append,
@@ -275,6 +276,20 @@ def test_prefill_names_what_is_wrong_with_its_chunks(scene, message, changes):
 def test_decode_names_what_is_wrong(scene, call, error, message, changes):
     with pytest.raises(error, match=message):
         call(scene, **changes)
+
+
+@pytest.mark.parametrize(
+    "tokens, dtype, error, message",
+    [
+        (3, torch.int64, ValueError, r"new_tokens is 3 tokens; expected one for each of 2 rows"),
+        (2, torch.int32, TypeError, r"slot_mapping has dtype torch.int32; expected torch.int64"),
+    ],
+)
+def test_decode_names_what_is_wrong_with_new_tokens(scene, tokens, dtype, error, message):
+    rows = torch.zeros(tokens, 2, 64, dtype=torch.float64)
+    new_tokens = NewTokens(rows, rows, torch.zeros(tokens, dtype=dtype))
+    with pytest.raises(error, match=message):
+        of_decode(scene, new_tokens=new_tokens)
 
 
 def test_certificates_of_another_shape_or_dtype_are_refused(scene):
