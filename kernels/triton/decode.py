@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pages import STATISTICS, NewTokens, PagedCache
+from ..pages import NewTokens, PagedCache
 from ..reference.entmax import exponent, score_factor
-from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
+from ..selectors import Adaptive, Exact, Selector, TopK
 from .adaptive import first_kernel, wanted_kernel
 from .append import append
 from .attend import attend_kernel
@@ -20,7 +20,7 @@ from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .launch import launch
 from .nearest import choose_kernel
 from .nearest_long import distance_kernel, list_nearest_kernel
-from .newest import MOST_SEQUENCES
+from .newest import NOTHING_NEW, can_append, newest_arguments
 from .pages import list_kernel
 from .softmax import softmax_combine_kernel, softmax_kernel
 from .topk import box_kernel
@@ -45,19 +45,6 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 
 NO_BOUNDS: dict[str, Any] = dict.fromkeys(("p_bound", "p_span", "p_rounding", "p_unread_mass"))
 """What they are given of bounds where nothing is certified by any."""
-
-
-NOTHING_NEW: dict[str, Any] = dict.fromkeys(
-    (
-        *("p_new_key", "p_new_value", "p_slot_mapping", "p_statistics"),
-        *("s_new_key_b", "s_new_key_h", "s_new_value_b", "s_new_value_h"),
-        *("s_statistics_page", "s_statistics_head", "key_scale", "batch", "STATISTICS"),
-    )
-)
-"""What they are given of new tokens where none is appended by them."""
-
-HELD_BY_THREAD = 16
-"""Elements of a page's keys that a thread holds at most where it finds their statistics."""
 
 
 def decode(
@@ -107,9 +94,10 @@ def decode(
     tile, splits = shape.tile, shape.splits
     store_below = min(shape.store_below, capacity // tile * tile * splits)
     softmax, guessed = isinstance(alpha, Tensor) or alpha == 1, shape.max_read > store_below
-    appends = new_tokens is not None and _appends(shape, cache, selector, softmax or guessed)
-    newest = _newest(cache, new_tokens, key_scale) if new_tokens is not None and appends else {}
-    if new_tokens is not None and not appends:
+    newest = NOTHING_NEW
+    if new_tokens is not None and can_append(shape, cache, selector, softmax or guessed):
+        newest = newest_arguments(cache, new_tokens, key_scale)
+    elif new_tokens is not None:
         append(cache, *new_tokens, key_scale=key_scale, value_scale=value_scale, counters=counters)
     b = 1.0 if isinstance(alpha, Tensor) or alpha == 1 else exponent(alpha)
     arguments = {
@@ -138,7 +126,7 @@ def decode(
         "page_stride": shape.page_stride,
         "window": sliding_window or 0,
         "exact_below": exact_below,
-        "early": int(early and not appends),
+        "early": int(early and not newest["APPENDS"]),
         "capacity": capacity,
         "limit": shape.near,
         "rows": shape.batch * shape.kv_heads,
@@ -174,7 +162,6 @@ def decode(
         "CERTIFY": _certify(selector, shape) if certified else 0,
         "BC": shape.certificate_tile(4),
         "COUNT": counters is not None,
-        "APPENDS": appends,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
         "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
@@ -183,7 +170,7 @@ def decode(
     alone = not softmax and not guessed
     choosing = isinstance(selector, TopK) and shape.ranked_by_readers and alone
     choice = {"CHOOSING": choosing, "OVERLAPPED": choosing and shape.overlapped}
-    arguments = NO_CHOICE | NO_BOUNDS | NOTHING_NEW | arguments | choice | newest
+    arguments = NO_CHOICE | NO_BOUNDS | arguments | choice | newest
     if shape.listed:
         arguments |= _ranking(shape, selector)
         _list_pages(shape, cache, selector, arguments)
@@ -219,36 +206,6 @@ def step_shape(
         certified and isinstance(selector, TopK | Adaptive),
         first_pages_of(selector, block_table.shape[1], page_size),
     )
-
-
-def _appends(shape: Shape, cache: PagedCache, selector: Selector, others: bool) -> bool:
-    """Whether those who score keys append the new ones: where no other launch reads keys (`others`)
-    or what is known of a sequence's last page."""
-    if others or isinstance(selector, Gaussian | Adaptive) or shape.selector == "pruned":
-        return False
-    elements = shape.page_size * shape.padded_head_size if cache.layout.statistics else 0
-    held = HELD_BY_THREAD * 32 * shape.collect_warps
-    return elements <= held and shape.batch <= MOST_SEQUENCES.value
-
-
-def _newest(cache: PagedCache, new_tokens: NewTokens, key_scale: float) -> dict[str, Any]:
-    """What the kernels are given of new tokens that they append."""
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in new_tokens[:2])
-    return {
-        "p_new_key": key,
-        "p_new_value": value,
-        "p_slot_mapping": new_tokens.slot_mapping,
-        "p_statistics": cache.statistics,
-        "s_new_key_b": key.stride(0),
-        "s_new_key_h": key.stride(1),
-        "s_new_value_b": value.stride(0),
-        "s_new_value_h": value.stride(1),
-        "s_statistics_page": cache.statistics.stride(0),
-        "s_statistics_head": cache.statistics.stride(1),
-        "key_scale": key_scale,
-        "batch": len(key),
-        "STATISTICS": STATISTICS.index(cache.layout.statistics),
-    }
 
 
 def _certify(selector: Selector, shape: Shape) -> int:

@@ -7,14 +7,31 @@ last pages, which nothing in the step ranks, are written beside by programs of t
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..pages import STATISTICS, NewTokens, PagedCache
+from ..selectors import Adaptive, Gaussian, Selector
 from .append import count_page, store_statistics, to_stored, write_row
 from .scores import may_be_fresh
+from .workspace import Shape
 
 # Sequences of a batch in which one looks for a page that another one fills.
 MOST_SEQUENCES = tl.constexpr(128)
+
+NOTHING_NEW: dict[str, Any] = dict.fromkeys(
+    (
+        *("p_new_key", "p_new_value", "p_slot_mapping", "p_statistics"),
+        *("s_new_key_b", "s_new_key_h", "s_new_value_b", "s_new_value_h"),
+        *("s_statistics_page", "s_statistics_head", "key_scale", "batch", "STATISTICS"),
+    )
+) | {"APPENDS": False}
+"""What the kernels are given of new tokens where they append none."""
+
+HELD_BY_THREAD = 16
+"""Elements of a page's keys that a thread holds at most where it finds their statistics."""
 
 
 @triton.jit
@@ -85,3 +102,34 @@ def write_last_statistics(
             p_statistics, p_scales, o_page, b_key, (o_r <= last)[:, None], last + 1, o_d, D,
             STATISTICS,
         )  # fmt: skip
+
+
+def can_append(shape: Shape, cache: PagedCache, selector: Selector, others: bool) -> bool:
+    """Whether those who score keys append the new ones: where no other launch reads keys (`others`)
+    or what is known of a sequence's last page."""
+    if others or isinstance(selector, Gaussian | Adaptive) or shape.selector == "pruned":
+        return False
+    elements = shape.page_size * shape.padded_head_size if cache.layout.statistics else 0
+    held = HELD_BY_THREAD * 32 * shape.collect_warps
+    return elements <= held and shape.batch <= MOST_SEQUENCES.value
+
+
+def newest_arguments(cache: PagedCache, new_tokens: NewTokens, key_scale: float) -> dict[str, Any]:
+    """What the kernels are given of new tokens that they append."""
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in new_tokens[:2])
+    return {
+        "p_new_key": key,
+        "p_new_value": value,
+        "p_slot_mapping": new_tokens.slot_mapping,
+        "p_statistics": cache.statistics,
+        "s_new_key_b": key.stride(0),
+        "s_new_key_h": key.stride(1),
+        "s_new_value_b": value.stride(0),
+        "s_new_value_h": value.stride(1),
+        "s_statistics_page": cache.statistics.stride(0),
+        "s_statistics_head": cache.statistics.stride(1),
+        "key_scale": key_scale,
+        "batch": len(key),
+        "APPENDS": True,
+        "STATISTICS": STATISTICS.index(cache.layout.statistics),
+    }
