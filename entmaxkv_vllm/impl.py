@@ -122,7 +122,11 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
         rows, new_tokens = attn_metadata.decode, None
         if self.kv_sharing_target_layer_name is None:
             slots = attn_metadata.slot_mapping
-            if rows is not None and attn_metadata.prefill is None and self._decode_appends(rows):
+            if (
+                rows is not None
+                and attn_metadata.prefill is None
+                and self.decode_appends(pages, rows)
+            ):
                 new_tokens = NewTokens(key[: rows.count], value[: rows.count], slots[: rows.count])
             else:
                 self.append_tokens(layer, key, value, pages, slots)
@@ -132,14 +136,15 @@ class EntmaxKVImpl(AttentionImpl[EntmaxKVMetadata]):
             self.prefill_rows(query, pages, attn_metadata.prefill, output, options)
         return output
 
-    def _decode_appends(self, rows: DecodeRows) -> bool:
+    def decode_appends(self, pages: PagedCache, rows: DecodeRows) -> bool:
         """Whether one call can append the tokens of a batch and decode it.
 
         A sequence that ranks its pages must not have one that another fills in this step. Only one
-        in its first step can have it, which is flagged, so that it is read whole.
+        in its first step can have it, which is flagged and so read whole; `exact` that prunes flags
+        none, but is never appended to while it ranks.
         """
-        flagged = self.flags_resumed or isinstance(self.selector, Exact)
-        return flagged and rows.count <= scratch.DECODE_ROWS
+        safe = self.flags_resumed or not pages.layout.statistics or isinstance(self.selector, Exact)
+        return safe and rows.count <= scratch.DECODE_ROWS
 
     def append_tokens(
         self,

@@ -93,7 +93,7 @@ def _append_and_decode(
         empty = DecodeRows(count, table[:count], lengths[:count], exact)
         new = query.new_zeros(count, impl.num_kv_heads, impl.head_size)
         new_tokens = NewTokens(new, new, empty.seq_lens.new_full((count,), -1, dtype=torch.int64))
-        for given in (new_tokens, None):
+        for given in (new_tokens, None) if impl.decode_appends(pages, empty) else (None,):
             impl.decode_rows(impl.index_of(layer), inputs, pages, empty, outputs, options, given)
 
 

@@ -132,10 +132,11 @@ class PagedCache(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """The newest token of every sequence of a batch.
+    """The newest token of every sequence of a batch, each in a page of its own.
 
     key, value: [B, kv_heads, head_size], of the cache's dtype, or 16 or 32 bits for an fp8 cache
-    slot_mapping: [B] int64, page * page_size + offset; negative for a sequence without a new token
+    slot_mapping: [B] int64, page * page_size + offset, where the sequence's block table has its
+        last token; negative for a sequence without a new token
     """
 
     key: Tensor

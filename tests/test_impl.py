@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from entmaxkv_kernels import Exact, TopK
+from entmaxkv_kernels import Exact, PageLayout, TopK
 from entmaxkv_vllm import scratch
 from entmaxkv_vllm.impl import EntmaxKVImpl
 from entmaxkv_vllm.metadata import DecodeRows, EntmaxKVMetadata, PrefillRows
@@ -36,14 +36,14 @@ class Noted(EntmaxKVImpl):
         self.calls.append(("prefill", None))
 
 
-def calls_of(layer, decodes, prefill=False):
+def calls_of(layer, decodes, prefill=False, ranks=True):
     """What a layer calls for that many sequences that decode, of a batch padded to TOKENS."""
     rows = torch.zeros(TOKENS, 2, 8)
     lengths = torch.ones(decodes, dtype=torch.int32)
     decode = DecodeRows(decodes, torch.zeros(decodes, 1, dtype=torch.int32), lengths, None)
     chunk = PrefillRows(TOKENS, decode.block_table, lengths, lengths) if prefill else None
     metadata = EntmaxKVMetadata(torch.zeros(TOKENS, dtype=torch.int64), decode, chunk)
-    pages = SimpleNamespace()
+    pages = SimpleNamespace(layout=PageLayout(16, 8, layer.selector.statistics if ranks else ()))
     layer.forward(None, rows, rows, rows, pages, metadata, torch.empty_like(rows))
     return layer.calls
 
@@ -70,6 +70,10 @@ def test_sequences_that_rank_pages_are_appended_first_where_resumed_ones_are_not
     sparse, exact = Noted(TopK(64), flags_resumed=False), Noted(Exact(), flags_resumed=False)
     assert calls_of(sparse, 3) == [("append", TOKENS), ("decode", None)]
     assert calls_of(exact, 3) == [("decode", 3)]
+
+
+def test_layers_kept_dense_among_them_rank_nothing():
+    assert calls_of(Noted(TopK(64), flags_resumed=False), 3, ranks=False) == [("decode", 3)]
 
 
 def test_a_layer_that_reads_the_cache_of_another_appends_nothing():

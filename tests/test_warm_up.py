@@ -29,6 +29,9 @@ class Layer:
     def append_tokens(self, layer, key, value, pages, slots):
         assert (slots < 0).all()
 
+    def decode_appends(self, pages, rows):
+        return True
+
     def decode_rows(self, index, query, pages, rows, output, options, new_tokens):
         assert new_tokens is None or len(new_tokens.slot_mapping) == rows.count
         self.decoded.append(rows)

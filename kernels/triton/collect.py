@@ -133,7 +133,7 @@ def guess_kernel(
 @triton.jit(
     do_not_specialize=[
         *("early", "s_block_table", "s_new_key_b", "s_new_key_h", "s_new_value_b", "s_new_value_h"),
-        *("s_statistics_page", "s_statistics_head", "batch"),
+        *("s_statistics_page", "s_statistics_head", "p_slot_mapping", "batch"),
     ]
 )
 def collect_kernel(
@@ -181,7 +181,7 @@ def collect_kernel(
         listed = count_listed(n, ranked, budget, P)
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     if APPENDS:
-        if i_s == S:
+        if STATISTICS > 0 and i_s == S:
             write_last_statistics(
                 p_new_key, p_slot_mapping, p_key, p_statistics, p_scales, i_b, i_h,
                 s_new_key_b, s_new_key_h, s_page, s_head, s_statistics_page, s_statistics_head,

@@ -106,7 +106,11 @@ def write_last_statistics(
 
 def can_append(shape: Shape, cache: PagedCache, selector: Selector, others: bool) -> bool:
     """Whether those who score keys append the new ones: where no other launch reads keys (`others`)
-    or what is known of a sequence's last page."""
+    or what is known of a sequence's last page.
+
+    Nor where a sequence that is not flagged may rank a page that another one fills: `exact` that
+    prunes waits for `append` there.
+    """
     if others or isinstance(selector, Gaussian | Adaptive) or shape.selector == "pruned":
         return False
     elements = shape.page_size * shape.padded_head_size if cache.layout.statistics else 0

@@ -55,8 +55,8 @@ def await_if(needed, CHAINED: tl.constexpr):
 
 @triton.jit
 def may_be_fresh(n, P: tl.constexpr):
-    """Whether the page before a sequence's last one may be written by the `append` of this step: in
-    prefix caching by another sequence, whose last page it is. It was full before otherwise."""
+    """Whether the page before a sequence's last one may be written in this step: in prefix caching
+    by another sequence, whose last page it is. It was full before otherwise."""
     return (n - 1) % P == 0
 
 
