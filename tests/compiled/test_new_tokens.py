@@ -39,6 +39,8 @@ CASES = {
     "short rows beside a guessed one": (Exact(), [40001, 40000, 97, 2048, 129], 40016, {}),
     "chosen by who reads": (TopK(64), SHORT, 256, {"exact_below": 32}),
     "certified": (TopK(64), SHORT, 256, {"exact_below": 32, "certify": True}),
+    "exact, pages of 32": (Exact(), SHORT, 256, {"page": 32}),
+    "pages of 32": (TopK(64), SHORT, 256, {"page": 32, "certify": True}),
     "fp8": (TopK(64), SHORT, 256, {"certify": True, "key_scale": 0.3, "value_scale": 7.0}),
     "chosen by launches": (TopK(4096), [70001, 70000, 131, 33000], 131072, {"certify": True}),
     "chosen from a long table": (TopK(2048), [40001, 40000, 97, 2049], 40016, {}),
@@ -54,27 +56,29 @@ class Sequences:
 
     def __init__(self, selector, lengths, most, options):
         random = torch.Generator(DEVICE).manual_seed(1)
-        width = -(-most // PAGE)
+        options = dict(options)
+        self.page = page_size = options.pop("page", PAGE)
+        width = -(-most // page_size)
         fp8 = "key_scale" in options
         scales = {name: options[name] for name in options if name.endswith("_scale")}
-        layout = PageLayout(PAGE, HEAD_SIZE, selector.statistics, fp8=fp8)
+        layout = PageLayout(page_size, HEAD_SIZE, selector.statistics, fp8=fp8)
         dtype = FP8 if fp8 else DTYPE
         pool = allocate_pages(1 + len(lengths) * width, KV_HEADS, layout, dtype, DEVICE)
         self.cache = split_pages(pool, layout)
         self.table = 1 + torch.arange(len(lengths) * width, dtype=torch.int32, device=DEVICE)
         self.table = self.table.view(len(lengths), width)
-        self.table[0, : lengths[1] // PAGE] = self.table[1, : lengths[1] // PAGE]
+        self.table[0, : lengths[1] // page_size] = self.table[1, : lengths[1] // page_size]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         last = self.lengths.long() - 1
-        page = self.table.gather(1, (last.clamp(min=0) // PAGE)[:, None])[:, 0].long()
-        self.slots = torch.where(last >= 0, page * PAGE + last % PAGE, -1)
+        page = self.table.gather(1, (last.clamp(min=0) // page_size)[:, None])[:, 0].long()
+        self.slots = torch.where(last >= 0, page * page_size + last % page_size, -1)
 
         def normal(*shape):
             return torch.randn(*shape, generator=random, device=DEVICE).to(DTYPE)
 
         for row, length in enumerate(lengths):
             slots = torch.arange(length, device=DEVICE)
-            slots = self.table[row].long()[slots // PAGE] * PAGE + slots % PAGE
+            slots = self.table[row].long()[slots // page_size] * page_size + slots % page_size
             rows = normal(2, length, KV_HEADS, HEAD_SIZE)
             append(self.cache, *rows, slots, implementation="triton", **scales)
         self.query = normal(STEPS, len(lengths), KV_HEADS * GROUP, HEAD_SIZE)
@@ -82,7 +86,7 @@ class Sequences:
         self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
         self.out = torch.full_like(self.query, torch.nan)
-        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, PAGE, dtype, width * PAGE
+        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, page_size, dtype, width * page_size
         size = decode_workspace_size(
             len(lengths),
             *shape,
@@ -91,7 +95,6 @@ class Sequences:
             certificate=options.get("certify", False),
             device=DEVICE,
         )
-        options = dict(options)
         self.certificate = None
         if options.pop("certify", False):
             self.certificate = torch.full(self.query.shape[:3], torch.nan, device=DEVICE)
@@ -129,18 +132,18 @@ class Sequences:
         if self.certificate is not None:
             self.certificate.fill_(torch.nan)
         written = self.slots[self.slots >= 0]
-        place = written // PAGE, slice(None), written % PAGE
+        place = written // self.page, slice(None), written % self.page
         nothing = torch.full_like(self.key[0][self.slots >= 0], torch.nan).to(self.cache.key.dtype)
         self.cache.key[place] = self.cache.value[place] = nothing
-        self.cache.statistics[written // PAGE] = 0
-        self.cache.scales[written // PAGE] = 0
+        self.cache.statistics[written // self.page] = 0
+        self.cache.scales[written // self.page] = 0
 
     def written(self):
         """What a step writes."""
         written = self.slots[self.slots >= 0]
-        place = written // PAGE, slice(None), written % PAGE
+        place = written // self.page, slice(None), written % self.page
         found = [x[place].float() for x in (self.cache.key, self.cache.value)]
-        found += [x[written // PAGE] for x in (self.cache.statistics, self.cache.scales)]
+        found += [x[written // self.page] for x in (self.cache.statistics, self.cache.scales)]
         found += [self.out.clone(), self.options["counters"].clone()]
         return found if self.certificate is None else [*found, self.certificate.clone()]
 
