@@ -33,9 +33,12 @@ def until(condition, seconds=20):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["ended", "interrupted"])
 def test_a_server_that_starts_ends_with_a_program_that_is(number, tmp_path):
     started = tmp_path / "started"
+    # What a shell runs in the background ignores interrupts, and so would the program.
     code = f"""
-import sys
+import signal, sys
 from entmaxkv_vllm.server import Server
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Waiting(Server):
     def __init__(self):
