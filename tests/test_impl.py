@@ -72,7 +72,7 @@ def test_sequences_that_rank_pages_are_appended_first_where_resumed_ones_are_not
     assert calls_of(exact, 3) == [("decode", 3)]
 
 
-def test_layers_kept_dense_among_them_rank_nothing():
+def test_layers_that_rank_nothing_are_given_their_tokens_on_the_older_runner_too():
     assert calls_of(Noted(TopK(64), flags_resumed=False), 3, ranks=False) == [("decode", 3)]
 
 

@@ -95,7 +95,7 @@ def decode(
     store_below = min(shape.store_below, capacity // tile * tile * splits)
     softmax, guessed = isinstance(alpha, Tensor) or alpha == 1, shape.max_read > store_below
     newest = NOTHING_NEW
-    if new_tokens is not None and can_append(shape, cache, selector, softmax or guessed):
+    if new_tokens is not None and can_append(shape, cache, softmax or guessed):
         newest = newest_arguments(cache, new_tokens, key_scale)
     elif new_tokens is not None:
         append(cache, *new_tokens, key_scale=key_scale, value_scale=value_scale, counters=counters)

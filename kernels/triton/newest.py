@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from ..pages import STATISTICS, NewTokens, PagedCache
-from ..selectors import Adaptive, Gaussian, Selector
 from .append import count_page, store_statistics, to_stored, write_row
 from .scores import may_be_fresh
 from .workspace import Shape
@@ -104,14 +103,14 @@ def write_last_statistics(
         )  # fmt: skip
 
 
-def can_append(shape: Shape, cache: PagedCache, selector: Selector, others: bool) -> bool:
+def can_append(shape: Shape, cache: PagedCache, others: bool) -> bool:
     """Whether those who score keys append the new ones: where no other launch reads keys (`others`)
     or what is known of a sequence's last page.
 
     Nor where a sequence that is not flagged may rank a page that another one fills: `exact` that
     prunes waits for `append` there.
     """
-    if others or isinstance(selector, Gaussian | Adaptive) or shape.selector == "pruned":
+    if others or shape.selector not in ("exact", "topk"):
         return False
     elements = shape.page_size * shape.padded_head_size if cache.layout.statistics else 0
     held = HELD_BY_THREAD * 32 * shape.collect_warps

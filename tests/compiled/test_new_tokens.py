@@ -30,7 +30,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 SHORT = [97, 96, 1, 17, 16, 200, 95, 0]
 """The first sequence shares all full pages of the second, which fills its last one in the step; it
-is decoded exactly."""
+is flagged to be read whole."""
 
 CASES = {
     "all scores stored": (Exact(), SHORT, 256, {}),
@@ -45,6 +45,7 @@ CASES = {
     "chosen by launches": (TopK(4096), [70001, 70000, 131, 33000], 131072, {"certify": True}),
     "chosen from a long table": (TopK(2048), [40001, 40000, 97, 2049], 40016, {}),
     "guessed from a list": (TopK(66000), [80001, 80000, 97], 131072, {}),
+    "exact that prunes, none flagged": (Exact(prune=True), SHORT, 256, {"exact_rows": None}),
     "gaussian": (Gaussian(), SHORT, 256, {"exact_below": 32}),
     "alpha per head": (Exact(), SHORT, 256, {"alpha": [1.0, 1.5, 2.0, 1.2][:GROUP] * KV_HEADS}),
 }
