@@ -25,6 +25,7 @@ from entmaxkv_kernels import (
     Counter,
     Exact,
     Gaussian,
+    NewTokens,
     PageLayout,
     Selector,
     TopK,
@@ -51,6 +52,7 @@ class Case:
     one decode step.
 
     least: give the workspace the least size that decode takes.
+    appends: the decode step appends the newest token of each sequence itself.
     """
 
     dtype: torch.dtype = BF16
@@ -65,10 +67,12 @@ class Case:
     least: bool = False
     chunk: int = 0
     certified: bool = False
+    appends: bool = False
 
 
 CASES = {
     "exact": Case(),
+    "exact, appending": Case(appends=True),
     "exact by fallback": Case(least=True),
     "top-k": Case(selector=TopK(48)),
     "top-k of a wide table": Case(selector=TopK(48), width=2100),
@@ -76,6 +80,10 @@ CASES = {
     "top-k, certified": Case(selector=TopK(48), certified=True),
     "top-k of a long row, certified": Case(
         selector=TopK(32000), width=4200, lens=(66000, 0, 33), certified=True
+    ),
+    "top-k, appending": Case(selector=TopK(48), appends=True),
+    "top-k of a long row, certified, appending": Case(
+        selector=TopK(4800), width=4200, lens=(66000, 0, 33), certified=True, appends=True
     ),
     "top-k by fallback, certified": Case(FP16, selector=TopK(96), least=True, certified=True),
     "top-k, softmax": Case(alpha=1.0, selector=TopK(48)),
@@ -122,14 +130,16 @@ def run(case: Case) -> None:
     shape = sum(pages), KV_HEADS, PAGE, layout.elements_per_token
     raw = torch.zeros(shape, dtype=FP8 if case.fp8 else case.dtype)
     device_raw = raw.to(DEVICE, copy=True)
-    rows = key, value, torch.cat(slots)
+    newest = torch.tensor(case.lens).cumsum(0) - 1
+    newest_slots = torch.cat(slots)[newest].where(torch.tensor(case.lens) > 0, -1)
+    new_tokens = NewTokens(key[newest], value[newest], newest_slots)
+    before = torch.ones(tokens, dtype=torch.bool)
+    if case.appends:
+        before[newest] = False
+    rows = key[before], value[before], torch.cat(slots)[before]
     append(split_pages(raw, layout), *rows, **scales)
-    appended = [x.to(DEVICE) for x in rows]
-    append(split_pages(device_raw, layout), *appended, **scales, implementation="triton")
-    for stored, expected in zip(
-        split_pages(device_raw, layout)[:4], split_pages(raw, layout)[:4], strict=True
-    ):
-        assert_close(stored, expected, 2 * torch.finfo(raw.dtype).eps)
+    append(split_pages(device_raw, layout), *to_device(*rows), **scales, implementation="triton")
+    assert_same_pages(device_raw, raw, layout)
 
     query_lens = [min(n, case.chunk) if case.chunk else 1 for n in case.lens]
     heads = KV_HEADS * GROUP
@@ -160,12 +170,18 @@ def run(case: Case) -> None:
         counters, selector = torch.zeros(len(Counter), dtype=torch.int64), case.selector
         certificate = torch.full((batch, heads), torch.nan) if case.certified else None
         (own_certificate,) = to_device(certificate)
-        expected = decode(*context, **on_host, selector=selector, certificate=certificate)
+        on_host |= {"selector": selector, "certificate": certificate}
+        if case.appends:
+            on_host["new_tokens"] = new_tokens
+        expected = decode(*context, **on_host)
         on_chip |= {"selector": selector, "workspace": scratch(size)}
         on_chip |= {"certificate": own_certificate, "counters": counters.to(DEVICE)}
+        if case.appends:
+            on_chip["new_tokens"] = NewTokens(*to_device(*new_tokens))
         decode(*device, **on_chip)
         if certificate is not None:
             assert_close(own_certificate, certificate, 1e-3)
+        assert_same_pages(device_raw, raw, layout)
     assert_close(out, expected, 8 * max(2**-16, torch.finfo(case.dtype).eps))
 
 
@@ -175,6 +191,13 @@ def to_device(*tensors: Tensor | None) -> list[Any]:
 
 def scratch(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=DEVICE)
+
+
+def assert_same_pages(actual: Tensor, expected: Tensor, layout: PageLayout) -> None:
+    """Keys, values and the first two statistics of every page."""
+    of_both = (split_pages(raw, layout)[:4] for raw in (actual, expected))
+    for stored, reference in zip(*of_both, strict=True):
+        assert_close(stored, reference, 2 * torch.finfo(expected.dtype).eps)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
