@@ -295,6 +295,11 @@ SECTIONS = (
         serving_table,
     ),
     ("serving-h200-appended.json", "The same since decoding appends", serving_table),
+    (
+        "serving-h200-wide.json",
+        "One request in an engine for 512k tokens (`topk`: for its own length), and eight",
+        serving_table,
+    ),
     ("layers-h200.json", "A step between the matrix products of its layer", layers_table),
     ("serving-h200-gaussian.json", "The same of `gaussian`, by earlier kernels", serving_table),
     ("server-h200.json", "A server under mixed requests", server_table),

@@ -54,7 +54,8 @@ def sample_kernel(
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Scores M evenly spaced tokens of a row, the newest among them.
+    """Scores M evenly spaced tokens of a row, of pages that no launch of the step writes: all but
+    the last two, so far as there are more.
 
     Rows of at most `store_below` tokens need no guess.
     """
@@ -78,9 +79,8 @@ def sample_kernel(
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     # Single tokens rather than whole pages: the scores inside a page resemble each other.
     o_m = i_m * BN + o_n
-    tokens = entries * P - ((n + P - 1) // P * P - n)
-    # The newest are among the last ones, and only they may be what the launch before writes.
-    await_if((i_m + 1) * BN == M, CHAINED)
+    tokens = tl.where(entries > 2, (entries - 2) * P, entries * P - ((n + P - 1) // P * P - n))
+    await_if(entries <= 2, CHAINED)
     o_token = (o_m.to(tl.int64) * (tokens - 1) // (M - 1)).to(tl.int32)
     b_page, b_logical = load_pages(p_pages, o_token // P, first, entries, list_stride, LISTED)
     p_k = p_key + i_h.to(tl.int64) * s_head
@@ -90,16 +90,15 @@ def sample_kernel(
     tl.store(p_s, b_z, mask=(o_g < G)[None, :])
 
 
-@triton.jit(do_not_specialize=["early"])
+@triton.jit
 def guess_kernel(
-    p_listed_count, p_seq_lens, p_alpha, p_sample, p_guess, window, store_below, early,
-    factor, exponent,
+    p_listed_count, p_seq_lens, p_alpha, p_sample, p_guess, window, store_below, factor, exponent,
     HKV: tl.constexpr, G: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Guesses a threshold for one query head, -inf where every score is to be stored."""
-    await_if(early == 0, CHAINED)
+    # What came before the sample has ended where that lets this launch start.
     allow_next(CHAINED)
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_hq // G
@@ -228,10 +227,11 @@ def collect_kernel(
     if GUESSED:
         filtered = (entries * P > store_below).to(tl.int32)
     tiles = (entries + PAGES - 1) // PAGES
-    if not LISTED and not APPENDS:
-        # Only who reads the last page needs the launch before, and may read others first.
+    if not LISTED and (GUESSED or not APPENDS):
+        # Else only who reads the last page needs the launch before, if that is `append`, and may
+        # read others first.
         soon = ((tiles - 1) % S == i_s) & (i_s + STAGES * S >= tiles)
-        await_if((early == 0) | (filtered > 0) | may_be_fresh(n, P) | soon, CHAINED)
+        await_if((filtered > 0) | (early != 0) & (may_be_fresh(n, P) | soon), CHAINED)
     if GUESSED:
         m_guess = o_g < G * filtered
         b_guess = tl.load(p_guess + i_row * G + o_g, mask=m_guess, other=-float("inf"))

@@ -153,7 +153,7 @@ def test_equal_scores_all_have_weight(few_splits, dtype):
 def test_a_guess_that_is_too_high_is_found_out_and_made_up_for(few_splits):
     """The keys that the sample hits score high, and no others do."""
     scene = make_scene([16 * 800], kv_heads=1, group=1, dtype=torch.float32, filled=False)
-    rows = torch.arange(2048) * (16 * 800 - 1) // 2047
+    rows = torch.arange(2048) * (16 * 798 - 1) // 2047  # of all pages but the last two
     query, key = scene.query[0][-1, 0], scene.key[0]
     score = 0.9 + 0.1 * torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(1))
     key[:] = 0

@@ -1,5 +1,7 @@
 """Decoding that appends the newest tokens."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from entmaxkv_kernels import (
 )
 from entmaxkv_kernels.pages import FP8
 from entmaxkv_kernels.triton import decode_workspace_size
+from entmaxkv_kernels.triton.decode import step_shape
 
 from .device import DEVICE
 
@@ -153,7 +156,28 @@ class Sequences:
 def test_decoding_with_new_tokens_is_appending_and_decoding(case):
     if not ON_GPU and case in HEAVY:
         pytest.skip("long sequences take minutes in the interpreter, which runs nothing at once")
-    sequences = Sequences(*CASES[case])
+    assert_at_once_is_in_turn(Sequences(*CASES[case]))
+
+
+def test_a_guess_sees_no_key_that_its_step_appends(monkeypatch):
+    launches = import_module("entmaxkv_kernels.triton.decode")
+    monkeypatch.setattr(launches, "processors", lambda device: 1)
+    monkeypatch.delattr(launches, "append")  # who lists the keys appends
+    sequences = Sequences(Exact(), [513, 512, 1, 17, 129, 300, 127, 0], 600, {})
+    shape = step_shape(sequences.query[0], sequences.cache, sequences.table, Exact(), 0)
+    workspace = sequences.options["workspace"][: shape.size(shape.tile)]
+    sequences.options["workspace"] = workspace
+    assert_at_once_is_in_turn(sequences)
+    guess = shape.divide(workspace, shape.tile)["guess"].view(len(sequences.lengths), -1)
+    guessed = sequences.lengths > shape.tile * shape.splits
+    assert torch.equal(guess.isfinite().all(1), guessed)
+    at_once = guess.clone()
+    sequences.step(STEPS - 1, at_once=False)
+    assert torch.equal(guess, at_once)
+
+
+def assert_at_once_is_in_turn(sequences):
+    """Steps with new tokens write what `append` and steps after it do, to the bit."""
     sequences.forget()
     for step in range(STEPS):
         sequences.step(step, at_once=False)
