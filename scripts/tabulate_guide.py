@@ -11,7 +11,9 @@ from tabulate_kernels import thousands
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "guide.md"
 KERNELS = "decode-h200.json"
-SERVING = tuple(f"serving-h200{kind}.json" for kind in ("", "-compiled", "-captures", "-wide", "-appended"))
+SERVING = tuple(
+    f"serving-h200{kind}.json" for kind in ("", "-compiled", "-captures", "-wide", "-appended")
+)
 """Later runs replace what earlier ones have of the same."""
 
 
