@@ -1,5 +1,6 @@
-"""A Llama with softmax or 1.5-entmax and with rotary positions or NAPE, and its files."""
+"""A Llama with softmax or entmax and with rotary positions or NAPE, and its files."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from entmaxkv_kernels.triton.training import entmax_attention
 from entmaxkv_vllm.nape import NapeLlamaConfig
 from entmaxkv_vllm.nape_transformers import NapeLlamaForCausalLM
 
-ATTENTION = {1.0: "sdpa", 1.5: "entmax15"}
 HEAD_DIM = 64
 POSITIONS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "rotary": (
@@ -36,7 +36,17 @@ POSITIONS: dict[str, tuple[type, type, dict[str, Any]]] = {
 """Classes of the configuration and the model, and what the configuration says of positions."""
 
 
-def entmax15_attention(
+def attention_of(alpha: float) -> str:
+    """The name by which transformers knows the attention of an alpha from 1 to 2.
+
+    Raises ValueError for any other.
+    """
+    if not 1 <= alpha <= 2:
+        raise ValueError(f"alpha is {alpha:g}: give a number from 1 (softmax) to 2")
+    return "sdpa" if alpha == 1 else "entmax"
+
+
+def trained_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -50,14 +60,22 @@ def entmax15_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     slopes = getattr(module, "slopes", None)
     attend = entmax_attention if query.is_cuda else dense_entmax_attention
-    return attend(query, key, value, scaling, slopes).transpose(1, 2), None
+    config: Any = module.config
+    return attend(query, key, value, scaling, slopes, config.entmax_alpha).transpose(1, 2), None
 
 
 def dense_entmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: tuple[float, ...] | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    slopes: tuple[float, ...] | None,
+    alpha: float,
 ) -> Tensor:
     """What `entmax_attention` computes, without a GPU, from all scores at once."""
-    from entmax import entmax15
+    from entmax import entmax15, entmax_bisect, sparsemax
+
+    weigh = {1.5: entmax15, 2.0: sparsemax}.get(alpha, partial(entmax_bisect, alpha=alpha))
 
     group = query.shape[1] // key.shape[1]
     kept = value.dtype
@@ -70,11 +88,11 @@ def dense_entmax_attention(
     scores = scale * query @ key.mT
     if slopes is not None:
         scores = scores + torch.tensor(slopes)[:, None, None] * distance
-    weights = entmax15(scores.masked_fill(distance > 0, -torch.inf), dim=-1)
+    weights = weigh(scores.masked_fill(distance > 0, -torch.inf), dim=-1)
     return (weights @ value).to(kept)
 
 
-AttentionInterface.register("entmax15", entmax15_attention)
+AttentionInterface.register("entmax", trained_attention)
 
 
 def new_model(
@@ -106,7 +124,7 @@ def new_model(
         eos_token_id=EOS,
         pad_token_id=PAD,
         entmax_alpha=alpha,
-        attn_implementation=ATTENTION[alpha],
+        attn_implementation=attention_of(alpha),
     )
     return model_class(config)
 
@@ -115,7 +133,7 @@ def load_model(folder: Path, device: str) -> LlamaForCausalLM:
     """The saved model in the dtype of its weights, with the attention that its config names."""
     config = AutoConfig.from_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=ATTENTION[config.entmax_alpha], dtype="auto"
+        folder, attn_implementation=attention_of(config.entmax_alpha), dtype="auto"
     ).to(device)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from evaluate_model import score, write_evaluation
-from llama import ATTENTION, POSITIONS, new_model, save_model
+from llama import POSITIONS, attention_of, new_model, save_model
 from torch.nn.functional import cross_entropy
 from training_data import prefetched, training_batch
 from transformers import LlamaForCausalLM
@@ -207,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float)
     length.add_argument("--steps", type=int)
-    parser.add_argument("--alpha", type=float, nargs="+", choices=sorted(ATTENTION), default=[1.5])
+    parser.add_argument("--alpha", type=float, nargs="+", default=[1.5], help="1, softmax, to 2")
     parser.add_argument(
         "--positions",
         choices=sorted(POSITIONS),
@@ -277,6 +277,8 @@ def main() -> None:
     if arguments.positions == "nape" and 1.0 in arguments.alpha:
         raise SystemExit("--positions nape trains entmax alone; leave --alpha 1 out")
     try:
+        for alpha in arguments.alpha:
+            attention_of(alpha)
         add_packages(arguments.packages)
     except ValueError as error:
         raise SystemExit(str(error)) from error

@@ -26,6 +26,33 @@ def test_all_tests_of_this_file_pass_in_a_process_with_the_interpreter() -> None
     assert child.returncode == 0, child.stdout
 
 
+def sparsemax(scores: torch.Tensor) -> torch.Tensor:
+    """2-entmax of the last dimension by sorting, differentiable by autograd. # [..., T]"""
+    ordered = scores.sort(dim=-1, descending=True).values
+    finite = ordered.isfinite()
+    ordered = ordered.masked_fill(~finite, 0.0)
+    count = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
+    tau = (ordered.cumsum(-1) - 1) / count
+    support = ((tau < ordered) & finite).sum(-1, keepdim=True)
+    return (scores - tau.gather(-1, support - 1)).clamp(min=0)
+
+
+def bisected(scores: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The same of any alpha; the threshold's own gradient by a last Newton step. # [..., T]"""
+    z, b = (alpha - 1) * scores, 1 / (alpha - 1)
+    high = z.detach().max(-1, keepdim=True).values
+    low = high - 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = (z.detach() - middle).clamp(min=0).pow(b).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    excess = (z - low).clamp(min=0)
+    seen = excess > 0
+    slope = b * torch.where(seen, excess.detach(), 1.0).pow(b - 1).mul(seen).sum(-1, keepdim=True)
+    tau = low + (excess.pow(b).sum(-1, keepdim=True) - 1) / slope
+    return (z - tau).clamp(min=0).pow(b)
+
+
 def entmax15(scores: torch.Tensor) -> torch.Tensor:
     """1.5-entmax of the last dimension by sorting, differentiable by autograd. # [..., T]"""
     z = scores / 2
@@ -41,7 +68,12 @@ def entmax15(scores: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, slopes: Any = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    slopes: Any = None,
+    alpha: float = 1.5,
 ) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -50,7 +82,9 @@ def reference(
     if slopes is not None:
         position = torch.arange(q.shape[2], device=q.device)
         scores += torch.tensor(slopes).to(q)[:, None, None] * (position - position[:, None])
-    return entmax15(scores.masked_fill(hidden, -torch.inf)) @ v
+    scores = scores.masked_fill(hidden, -torch.inf)
+    weigh = {1.5: entmax15, 2.0: sparsemax}.get(alpha, lambda scores: bisected(scores, alpha))
+    return weigh(scores) @ v
 
 
 @runs_kernels
@@ -64,6 +98,19 @@ def reference(
 def test_output_and_gradients_equal_double_precision_autograd(
     length: int, group: int, sharpness: float, slope: float | None
 ) -> None:
+    assert_differentiates(length, group, sharpness, slope)
+
+
+@runs_kernels
+@pytest.mark.parametrize("sharpness", [0.3, 4.0], ids=["dense-weights", "sparse-weights"])
+@pytest.mark.parametrize("alpha", [2.0, 4 / 3, 1.7, 1.1], ids="alpha {:.3g}".format)
+def test_other_alphas_do_too(alpha: float, sharpness: float) -> None:
+    assert_differentiates(173, 2, sharpness, 0.03, alpha)
+
+
+def assert_differentiates(
+    length: int, group: int, sharpness: float, slope: float | None, alpha: float = 1.5
+) -> None:
     generator = torch.Generator().manual_seed(length + group)
 
     def normal(heads: int) -> torch.Tensor:
@@ -74,9 +121,9 @@ def test_output_and_gradients_equal_double_precision_autograd(
     exact = [x.to(DEVICE).detach().requires_grad_() for x in (q, k, v)]
     single = [x.detach().float().requires_grad_() for x in exact]
     slopes = slope and [0.0, *(slope / head for head in range(1, 2 * group))]
-    expected = reference(*exact, scale, slopes)
+    expected = reference(*exact, scale, slopes, alpha)
     expected.backward(grad.to(DEVICE))
-    actual = entmax_attention(*single, slopes=slopes)
+    actual = entmax_attention(*single, slopes=slopes, alpha=alpha)
     actual.backward(grad.to(DEVICE).float())
 
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-4)
@@ -120,6 +167,13 @@ def test_bfloat16_gradients_are_within_rounding_on_the_gpu() -> None:
 def test_shapes_that_do_not_fit_are_refused(query: tuple[int, ...], key: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         entmax_attention(torch.zeros(query), torch.zeros(key), torch.zeros(key))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_other_alphas_than_those_above_one_and_up_to_two_are_refused(alpha: float) -> None:
+    heads = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=f"alpha is {alpha}"):
+        entmax_attention(heads, heads, heads, alpha=alpha)
 
 
 def test_slopes_must_be_as_many_as_query_heads() -> None:

@@ -104,8 +104,8 @@ def write_last_statistics(
 
 
 def can_append(shape: Shape, cache: PagedCache, others: bool) -> bool:
-    """Whether those who score keys append the new ones: where no other launch reads keys that may be
-    new (`others`) or what is known of a sequence's last page.
+    """Whether those who score keys append the new ones: where no other launch reads keys that may
+    be new (`others`) or what is known of a sequence's last page.
 
     Nor where a sequence that is not flagged may rank a page that another one fills: `exact` that
     prunes waits for `append` there.

@@ -1,4 +1,4 @@
-"""Differentiable causal 1.5-entmax attention for training, with grouped-query heads."""
+"""Differentiable causal entmax attention for training, with grouped-query heads."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import triton
 
-from entmaxkv_kernels.triton.training_backward import (
+from ..reference.entmax import exponent
+from .training_backward import (
     entmax_attention_key_value_gradient_kernel,
     entmax_attention_query_gradient_kernel,
 )
-from entmaxkv_kernels.triton.training_forward import entmax_attention_forward_kernel
+from .training_forward import entmax_attention_forward_kernel
 
 BLOCK_LONG, BLOCK_SHORT, WARPS = 128, 64, 8
 
@@ -18,7 +19,7 @@ BLOCK_LONG, BLOCK_SHORT, WARPS = 128, 64, 8
 class EntmaxAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        q, k, v, scale, slopes = inputs
+        q, k, v, scale, slopes, alpha = inputs
         batch, heads, length, dim = q.shape
         group = heads // k.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -34,18 +35,20 @@ class EntmaxAttention(torch.autograd.Function):
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            0.5 * scale,
+            (alpha - 1) * scale,
             slopes,
+            exponent(alpha),
             length,
             H=heads,
             G=group,
             D=dim,
             BM=BLOCK_LONG,
             BN=BLOCK_SHORT,
+            ORDER=order(alpha),
             num_warps=WARPS,
         )
         ctx.save_for_backward(q, k, v, out2, tau, slopes)
-        ctx.scale = scale
+        ctx.scale, ctx.alpha = scale, alpha
         return out
 
     @staticmethod
@@ -62,11 +65,14 @@ class EntmaxAttention(torch.autograd.Function):
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            0.5 * ctx.scale,
+            (ctx.alpha - 1) * ctx.scale,
+            ctx.scale,
             slopes,
+            exponent(ctx.alpha),
             length,
         )
-        meta = {"H": heads, "G": heads // key_heads, "D": dim, "num_warps": WARPS}
+        meta = {"H": heads, "G": heads // key_heads, "D": dim, "ORDER": order(ctx.alpha)}
+        meta["num_warps"] = WARPS
         blocks = triton.cdiv(length, BLOCK_LONG)
         entmax_attention_query_gradient_kernel[(batch * heads, blocks)](
             q, k, v, grad_out, tau, delta, dq, *shared, BM=BLOCK_LONG, BN=BLOCK_SHORT, **meta
@@ -74,7 +80,7 @@ class EntmaxAttention(torch.autograd.Function):
         entmax_attention_key_value_gradient_kernel[(batch * key_heads, blocks)](
             q, k, v, grad_out, tau, delta, dk, dv, *shared, BM=BLOCK_SHORT, BN=BLOCK_LONG, **meta
         )
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def entmax_attention(
@@ -83,8 +89,9 @@ def entmax_attention(
     v: torch.Tensor,
     scale: float | None = None,
     slopes: Sequence[float] | None = None,
+    alpha: float = 1.5,
 ) -> torch.Tensor:
-    """Causal attention with 1.5-entmax in place of softmax, differentiable in q, k and v.
+    """Causal attention with entmax in place of softmax, differentiable in q, k and v.
 
     Args:
         q: queries [B, H, T, D] in bfloat16, float16 or float32; D is a power of two in 16..128.
@@ -94,12 +101,13 @@ def entmax_attention(
         scale: factor on q.k before entmax; 1 / sqrt(D) if None.
         slopes: of ALiBi, one for each of the H heads; slope * (key position - query position) is
             added to scores.
+        alpha: above 1, up to 2. Any but 4/3, 1.5 and 2 takes powers of every weight.
 
     Returns:
         [B, H, T, D] in the dtype of q; sums and thresholds are float32 inside.
 
     Raises:
-        ValueError: if the shapes do not fit together or D is not supported.
+        ValueError: if the shapes do not fit together, or D or alpha is not supported.
     """
     batch, heads, length, dim = q.shape
     if dim not in (16, 32, 64, 128):
@@ -110,6 +118,16 @@ def entmax_attention(
         raise ValueError(f"{k.shape[1]} key heads do not divide {heads} query heads")
     if slopes is not None and len(slopes) != heads:
         raise ValueError(f"{len(slopes)} slopes are given for {heads} query heads")
+    if not 1 < alpha <= 2:
+        raise ValueError(f"alpha is {alpha}: give a number above 1, up to 2")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    rows = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=q.device)
-    return EntmaxAttention.apply(q, k, v, dim**-0.5 if scale is None else scale, rows)
+    rows = None
+    if slopes is not None:
+        rows = (alpha - 1) * torch.tensor(slopes, dtype=torch.float32, device=q.device)
+    return EntmaxAttention.apply(q, k, v, dim**-0.5 if scale is None else scale, rows, alpha)
+
+
+def order(alpha: float) -> int:
+    """1 / (alpha - 1) where that is 1, 2 or 3, for kernels that take no power then; else 0."""
+    b = exponent(alpha)
+    return int(b) if b in (1, 2, 3) else 0

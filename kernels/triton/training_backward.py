@@ -1,8 +1,9 @@
-"""Backward pass of causal 1.5-entmax attention for training.
+"""Backward pass of causal entmax attention for training.
 
-The Jacobian of p in the score is diag(x) - x x^T / sum(x). With the second output
-out2 = sum(x v) / sum(x) it needs no normalisation pass over the keys:
-ds = x * (dp - dout.out2), where dp = dout.v ("AdaSplash: Adaptive Sparse Flash Attention", 2025).
+With the weights p = x^b and the slopes s = x^(b - 1) = p^(2 - alpha) the Jacobian of p in the score
+is diag(s) - s s^T / sum(s). With the second output out2 = sum(s v) / sum(s) it needs no
+normalisation pass over the keys: ds = s * (dp - dout.out2), where dp = dout.v ("AdaSplash: Adaptive
+Sparse Flash Attention", 2025).
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -11,7 +12,8 @@ ds = x * (dp - dout.out2), where dp = dout.v ("AdaSplash: Adaptive Sparse Flash 
 import triton
 import triton.language as tl
 
-from entmaxkv_kernels.triton.training_forward import load_rows, scaled_scores
+from .entmax import weights_and_slopes
+from .training_forward import load_rows, scaled_scores
 
 
 @triton.jit
@@ -29,23 +31,26 @@ def accumulate_query_gradient(
     o_d,
     start,
     stop,
-    half_scale,
+    factor,
     slope,
+    exponent,
     T,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k = load_rows(p_k, s_k, o_n, o_d, T)  # [BN, D]
-        b_z = scaled_scores(b_q, b_k, half_scale, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
+        b_z = scaled_scores(b_q, b_k, factor, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
         if MASKED:
             b_z = tl.where(o_m[:, None] >= o_n[None, :], b_z, -float("inf"))
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
         if tl.max(b_x) > 0.0:
             b_v = load_rows(p_v, s_v, o_n, o_d, T)  # [BN, D]
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BM, BN]
-            b_ds = b_x * (b_dp - b_delta[:, None])
+            _, b_s = weights_and_slopes(b_x, exponent, ORDER)
+            b_ds = b_s * (b_dp - b_delta[:, None])
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
     return b_dq
 
@@ -68,14 +73,17 @@ def entmax_attention_query_gradient_kernel(
     s_vb,
     s_vh,
     s_vt,
-    half_scale,
-    p_slopes,  # [H] float32, or None
+    factor,
+    scale,
+    p_slopes,  # [H] float32, factor / scale * those of ALiBi, or None
+    exponent,
     T,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     i_bh = tl.program_id(0).to(tl.int64)
     i_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
@@ -87,7 +95,7 @@ def entmax_attention_query_gradient_kernel(
     o_d = tl.arange(0, D)
     m_m = o_m < T
     stop = tl.minimum(i_m + BM, T)
-    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
+    slope = tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_do = load_rows(p_do + i_bh * T * D, D, o_m, o_d, T)  # [BM, D]
@@ -108,10 +116,12 @@ def entmax_attention_query_gradient_kernel(
         o_d,
         0,
         i_m,
-        half_scale,
+        factor,
         slope,
+        exponent,
         T,
         BN,
+        ORDER,
         MASKED=False,
     )
     b_dq = accumulate_query_gradient(
@@ -128,14 +138,16 @@ def entmax_attention_query_gradient_kernel(
         o_d,
         i_m,
         stop,
-        half_scale,
+        factor,
         slope,
+        exponent,
         T,
         BN,
+        ORDER,
         MASKED=True,
     )
     o_out = (i_bh * T + o_m)[:, None] * D + o_d[None, :]
-    b_dq *= 2.0 * half_scale
+    b_dq *= scale
     tl.store(p_dq + o_out, b_dq.to(p_dq.dtype.element_ty), mask=m_m[:, None])
 
 
@@ -154,11 +166,13 @@ def accumulate_key_value_gradients(
     o_d,
     start,
     stop,
-    half_scale,
+    factor,
     slope,
+    exponent,
     T,
     D: tl.constexpr,
     BM: tl.constexpr,
+    ORDER: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_m in range(start, stop, BM):
@@ -166,16 +180,17 @@ def accumulate_key_value_gradients(
         m_m = o_m < T
         b_q = load_rows(p_q, s_q, o_m, o_d, T)  # [BM, D]
         b_tau = tl.load(p_tau + o_m, mask=m_m, other=float("inf"))  # [BM]
-        b_z = scaled_scores(b_k, b_q, half_scale, slope, o_n[:, None] - o_m[None, :])  # [BN, BM]
+        b_z = scaled_scores(b_k, b_q, factor, slope, o_n[:, None] - o_m[None, :])  # [BN, BM]
         if MASKED:
             b_z = tl.where(o_m[None, :] >= o_n[:, None], b_z, -float("inf"))
         b_x = tl.maximum(b_z - b_tau[None, :], 0.0)
         if tl.max(b_x) > 0.0:
             b_do = load_rows(p_do, D, o_m, o_d, T)  # [BM, D]
             b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
-            b_dv += tl.dot((b_x * b_x).to(b_do.dtype), b_do, input_precision="ieee")
+            b_p, b_s = weights_and_slopes(b_x, exponent, ORDER)
+            b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
-            b_ds = b_x * (b_dp - b_delta[None, :])
+            b_ds = b_s * (b_dp - b_delta[None, :])
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee")
     return b_dk, b_dv
 
@@ -199,14 +214,17 @@ def entmax_attention_key_value_gradient_kernel(
     s_vb,
     s_vh,
     s_vt,
-    half_scale,
-    p_slopes,  # [H] float32, or None
+    factor,
+    scale,
+    p_slopes,  # [H] float32, factor / scale * those of ALiBi, or None
+    exponent,
     T,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     i_bh = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1) * BN
@@ -224,7 +242,7 @@ def entmax_attention_key_value_gradient_kernel(
     for i_g in range(G):
         i_q = i_h * G + i_g
         i_row = i_b * H + i_q
-        slope = 0.5 * tl.load(p_slopes + i_q) if p_slopes is not None else None
+        slope = tl.load(p_slopes + i_q) if p_slopes is not None else None
         p_qg = p_q + i_b * s_qb + i_q * s_qh
         p_dog = p_do + i_row * T * D
         p_taug = p_tau + i_row * T
@@ -243,11 +261,13 @@ def entmax_attention_key_value_gradient_kernel(
             o_d,
             i_n,
             stop_masked,
-            half_scale,
+            factor,
             slope,
+            exponent,
             T,
             D,
             BM,
+            ORDER,
             MASKED=True,
         )
         b_dk, b_dv = accumulate_key_value_gradients(
@@ -264,15 +284,17 @@ def entmax_attention_key_value_gradient_kernel(
             o_d,
             i_n + BN,
             T,
-            half_scale,
+            factor,
             slope,
+            exponent,
             T,
             D,
             BM,
+            ORDER,
             MASKED=False,
         )
     m_n = o_n < T
     o_out = (i_bh * T + o_n)[:, None] * D + o_d[None, :]
-    b_dk *= 2.0 * half_scale
+    b_dk *= scale
     tl.store(p_dk + o_out, b_dk.to(p_dk.dtype.element_ty), mask=m_n[:, None])
     tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_n[:, None])

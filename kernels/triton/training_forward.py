@@ -1,10 +1,9 @@
-"""Forward pass of causal 1.5-entmax attention for training.
+"""Forward pass of causal entmax attention for training.
 
-With z = scale * q.k / 2 the weights are p = relu(z - tau)^2, and the threshold tau of a row is the
-root of ||relu(z - tau)||_2 = 1 (Peters, Niculae and Martins, "Sparse Sequence-to-Sequence Models",
-2019). That norm is convex, decreasing and nearly linear in tau, so Newton steps on it,
-tau += (S2 - sqrt(S2)) / S1 with S1 = sum x, S2 = sum x^2 and x = relu(z - tau), are few and never
-pass the root when they start below it; max(z) - 1 is below it.
+With z = (alpha - 1) * scale * q.k and b = 1 / (alpha - 1) the weights are x^b, x = relu(z - tau).
+The threshold tau of a row is found by the Newton steps of `entmax.py`, from max(z) - 1.
+Beside the output, sum(x^b v), there is a second one for the backward pass,
+sum(x^(b - 1) v) / sum(x^(b - 1)).
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -13,9 +12,9 @@ pass the root when they start below it; max(z) - 1 is below it.
 import triton
 import triton.language as tl
 
-MAX_NEWTON_STEPS = tl.constexpr(20)
-# A step squares the excess mass up to a constant, so the step taken from below this bound is exact
-# to float32.
+from .entmax import NEWTON_STEPS, newton_step, weights_and_slopes
+
+# Above what decoding allows: a pass over all keys less, for what bf16 rounds away.
 EXCESS_MASS = tl.constexpr(1e-3)
 
 
@@ -28,16 +27,16 @@ def load_rows(p_x, s_row, o_row, o_d, T):
 
 
 @triton.jit
-def scaled_scores(b_a, b_b, half_scale, slope, distance):
-    """Scores, halved, of every row of b_a against every row of b_b; without ALiBi slope is None."""
-    b_z = tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * half_scale
+def scaled_scores(b_a, b_b, factor, slope, distance):
+    """z of every row of b_a against every row of b_b; without ALiBi slope is None."""
+    b_z = tl.dot(b_a, tl.trans(b_b), input_precision="ieee") * factor
     return b_z if slope is None else b_z + slope * distance
 
 
 @triton.jit
-def query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED: tl.constexpr):
+def query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, factor, slope, T, MASKED: tl.constexpr):
     b_k = load_rows(p_k, s_k, o_n, o_d, T)  # [BN, D]
-    b_z = scaled_scores(b_q, b_k, half_scale, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
+    b_z = scaled_scores(b_q, b_k, factor, slope, o_n[None, :] - o_m[:, None])  # [BM, BN]
     if MASKED:
         b_z = tl.where(o_m[:, None] >= o_n[None, :], b_z, -float("inf"))
     return b_z
@@ -53,7 +52,7 @@ def accumulate_maximum(
     o_d,
     start,
     stop,
-    half_scale,
+    factor,
     slope,
     T,
     BN: tl.constexpr,
@@ -61,15 +60,15 @@ def accumulate_maximum(
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, M)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, factor, slope, T, M)
         b_max = tl.maximum(b_max, tl.max(b_z, axis=1))
     return b_max
 
 
 @triton.jit
 def accumulate_moments(
-    b_s1,
-    b_s2,
+    b_mass,
+    b_slopes,
     b_tau,
     b_q,
     p_k,
@@ -78,25 +77,28 @@ def accumulate_moments(
     o_d,
     start,
     stop,
-    half_scale,
+    factor,
     slope,
+    exponent,
     T,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, factor, slope, T, MASKED)
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
-        b_s1 += tl.sum(b_x, axis=1)
-        b_s2 += tl.sum(b_x * b_x, axis=1)
-    return b_s1, b_s2
+        b_p, b_s = weights_and_slopes(b_x, exponent, ORDER)
+        b_mass += tl.sum(b_p, axis=1)
+        b_slopes += tl.sum(b_s, axis=1)
+    return b_mass, b_slopes
 
 
 @triton.jit
 def accumulate_outputs(
-    b_s1,
-    b_s2,
+    b_mass,
+    b_slopes,
     b_o,
     b_o2,
     b_tau,
@@ -109,24 +111,26 @@ def accumulate_outputs(
     o_d,
     start,
     stop,
-    half_scale,
+    factor,
     slope,
+    exponent,
     T,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, half_scale, slope, T, MASKED)
+        b_z = query_key_scores(b_q, p_k, s_k, o_m, o_n, o_d, factor, slope, T, MASKED)
         b_x = tl.maximum(b_z - b_tau[:, None], 0.0)
         if tl.max(b_x) > 0.0:
-            b_p = b_x * b_x
-            b_s1 += tl.sum(b_x, axis=1)
-            b_s2 += tl.sum(b_p, axis=1)
+            b_p, b_s = weights_and_slopes(b_x, exponent, ORDER)
+            b_mass += tl.sum(b_p, axis=1)
+            b_slopes += tl.sum(b_s, axis=1)
             b_v = load_rows(p_v, s_v, o_n, o_d, T)  # [BN, D]
             b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
-            b_o2 += tl.dot(b_x.to(b_v.dtype), b_v, input_precision="ieee")
-    return b_s1, b_s2, b_o, b_o2
+            b_o2 += tl.dot(b_s.to(b_v.dtype), b_v, input_precision="ieee")
+    return b_mass, b_slopes, b_o, b_o2
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -146,14 +150,16 @@ def entmax_attention_forward_kernel(
     s_vb,
     s_vh,
     s_vt,
-    half_scale,
-    p_slopes,  # [H] float32, or None
+    factor,
+    p_slopes,  # [H] float32, factor / scale * those of ALiBi, or None
+    exponent,
     T,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     i_bh = tl.program_id(0).to(tl.int64)
     # Longest rows first, so that no long program starts last.
@@ -165,26 +171,26 @@ def entmax_attention_forward_kernel(
     o_m = i_m + tl.arange(0, BM)
     o_d = tl.arange(0, D)
     stop = tl.minimum(i_m + BM, T)
-    slope = 0.5 * tl.load(p_slopes + i_h) if p_slopes is not None else None
+    slope = tl.load(p_slopes + i_h) if p_slopes is not None else None
 
     b_q = load_rows(p_q, s_qt, o_m, o_d, T)  # [BM, D]
     b_max = tl.full([BM], -float("inf"), tl.float32)  # [BM]
     b_max = accumulate_maximum(
-        b_max, b_q, p_k, s_kt, o_m, o_d, 0, i_m, half_scale, slope, T, BN, M=False
+        b_max, b_q, p_k, s_kt, o_m, o_d, 0, i_m, factor, slope, T, BN, M=False
     )
     b_max = accumulate_maximum(
-        b_max, b_q, p_k, s_kt, o_m, o_d, i_m, stop, half_scale, slope, T, BN, M=True
+        b_max, b_q, p_k, s_kt, o_m, o_d, i_m, stop, factor, slope, T, BN, M=True
     )
 
     b_tau = b_max - 1.0  # [BM]
     excess = 1.0
     step = 0
-    while (excess > EXCESS_MASS) & (step < MAX_NEWTON_STEPS):
-        b_s1 = tl.zeros([BM], tl.float32)
-        b_s2 = tl.zeros([BM], tl.float32)
-        b_s1, b_s2 = accumulate_moments(
-            b_s1,
-            b_s2,
+    while (excess > EXCESS_MASS) & (step < NEWTON_STEPS):
+        b_mass = tl.zeros([BM], tl.float32)
+        b_slopes = tl.zeros([BM], tl.float32)
+        b_mass, b_slopes = accumulate_moments(
+            b_mass,
+            b_slopes,
             b_tau,
             b_q,
             p_k,
@@ -193,15 +199,17 @@ def entmax_attention_forward_kernel(
             o_d,
             0,
             i_m,
-            half_scale,
+            factor,
             slope,
+            exponent,
             T,
             BN,
+            ORDER,
             MASKED=False,
         )
-        b_s1, b_s2 = accumulate_moments(
-            b_s1,
-            b_s2,
+        b_mass, b_slopes = accumulate_moments(
+            b_mass,
+            b_slopes,
             b_tau,
             b_q,
             p_k,
@@ -210,23 +218,25 @@ def entmax_attention_forward_kernel(
             o_d,
             i_m,
             stop,
-            half_scale,
+            factor,
             slope,
+            exponent,
             T,
             BN,
+            ORDER,
             MASKED=True,
         )
-        b_tau += (b_s2 - tl.sqrt(b_s2)) / b_s1
-        excess = tl.max(b_s2) - 1.0
+        b_tau += newton_step(b_mass, b_slopes, 1.0, exponent, ORDER)
+        excess = tl.max(b_mass) - 1.0
         step += 1
 
-    b_s1 = tl.zeros([BM], tl.float32)
-    b_s2 = tl.zeros([BM], tl.float32)
+    b_mass = tl.zeros([BM], tl.float32)
+    b_slopes = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, D], tl.float32)
     b_o2 = tl.zeros([BM, D], tl.float32)
-    b_s1, b_s2, b_o, b_o2 = accumulate_outputs(
-        b_s1,
-        b_s2,
+    b_mass, b_slopes, b_o, b_o2 = accumulate_outputs(
+        b_mass,
+        b_slopes,
         b_o,
         b_o2,
         b_tau,
@@ -239,15 +249,17 @@ def entmax_attention_forward_kernel(
         o_d,
         0,
         i_m,
-        half_scale,
+        factor,
         slope,
+        exponent,
         T,
         BN,
+        ORDER,
         MASKED=False,
     )
-    b_s1, b_s2, b_o, b_o2 = accumulate_outputs(
-        b_s1,
-        b_s2,
+    b_mass, b_slopes, b_o, b_o2 = accumulate_outputs(
+        b_mass,
+        b_slopes,
         b_o,
         b_o2,
         b_tau,
@@ -260,15 +272,17 @@ def entmax_attention_forward_kernel(
         o_d,
         i_m,
         stop,
-        half_scale,
+        factor,
         slope,
+        exponent,
         T,
         BN,
+        ORDER,
         MASKED=True,
     )
 
     m_m = o_m < T
     o_out = (i_bh * T + o_m)[:, None] * D + o_d[None, :]
-    tl.store(p_o + o_out, (b_o / b_s2[:, None]).to(p_o.dtype.element_ty), mask=m_m[:, None])
-    tl.store(p_o2 + o_out, (b_o2 / b_s1[:, None]).to(p_o2.dtype.element_ty), mask=m_m[:, None])
+    tl.store(p_o + o_out, (b_o / b_mass[:, None]).to(p_o.dtype.element_ty), mask=m_m[:, None])
+    tl.store(p_o2 + o_out, (b_o2 / b_slopes[:, None]).to(p_o2.dtype.element_ty), mask=m_m[:, None])
     tl.store(p_tau + i_bh * T + o_m, b_tau, mask=m_m)
