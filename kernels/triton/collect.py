@@ -12,6 +12,7 @@ no token of the support is missing from the list.
 import triton
 import triton.language as tl
 
+from .append import to_stored
 from .certificate import BOUNDED, take_bounds
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .nearest import list_own
@@ -42,22 +43,23 @@ PEAK_TOKENS = tl.constexpr(128)
 GUESS_STEPS = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["early"])
+@triton.jit(do_not_specialize=["early", "s_new_key_b", "s_new_key_h", "p_slot_mapping"])
 def sample_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes,
-    p_sample,
+    p_sample, p_new_key, p_slot_mapping,
     s_query_b, s_query_h, s_head, s_block_table, list_stride, window, store_below, early,
-    scale, factor, exponent,
+    scale, factor, exponent, s_new_key_b, s_new_key_h, key_scale,
     s_page: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, M: tl.constexpr,
     WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-    CHAINED: tl.constexpr,
+    APPENDS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Scores M evenly spaced tokens of a row, of pages that no launch of the step writes: all but
-    the last two, so far as there are more.
+    """Scores M tokens of a row: the newest, and evenly spaced ones of pages that nothing in a step
+    writes, which are all but the last two, so far as there are more.
 
     Rows of at most `store_below` tokens need no guess.
+    APPENDS: the newest is not in its page yet.
     """
     await_if(early == 0, CHAINED)
     allow_next(CHAINED)
@@ -79,12 +81,19 @@ def sample_kernel(
     b_q = load_queries(p_query, i_b, i_h, o_g, o_d, s_query_b, s_query_h, G, D)  # [DP, GP]
     # Single tokens rather than whole pages: the scores inside a page resemble each other.
     o_m = i_m * BN + o_n
-    tokens = tl.where(entries > 2, (entries - 2) * P, entries * P - ((n + P - 1) // P * P - n))
-    await_if(entries <= 2, CHAINED)
-    o_token = (o_m.to(tl.int64) * (tokens - 1) // (M - 1)).to(tl.int32)
+    newest = entries * P - ((n + P - 1) // P * P - n) - 1
+    last = tl.where(entries > 2, (entries - 2) * P - 1, newest)
+    o_token = (o_m.to(tl.int64) * last // (M - 1)).to(tl.int32)
+    o_token = tl.where(o_m == M - 1, newest, o_token)
+    await_if(((i_m + 1) * BN == M) | (entries <= 2), CHAINED)
     b_page, b_logical = load_pages(p_pages, o_token // P, first, entries, list_stride, LISTED)
     p_k = p_key + i_h.to(tl.int64) * s_head
     b_k = load_rows(p_k, b_page, o_token, o_d, s_page, D, P)  # [BN, DP]
+    if APPENDS:
+        p_new = p_new_key + i_b.to(tl.int64) * s_new_key_b + i_h.to(tl.int64) * s_new_key_h
+        b_new = to_stored(tl.load(p_new + o_d, mask=o_d < D, other=0.0), key_scale, b_k.dtype)
+        m_new = ((o_m == M - 1) & (tl.load(p_slot_mapping + i_b) >= 0))[:, None]
+        b_k = tl.where(m_new, b_new.to(b_q.dtype)[None, :], b_k.to(b_q.dtype))
     b_z = score_rows(b_k, b_q, b_logical, o_token, n, window, b_scale, b_slope, P, WINDOW, ALIBI)
     p_s = p_sample + (i_row * G + o_g)[None, :].to(tl.int64) * M + o_m[:, None]
     tl.store(p_s, b_z, mask=(o_g < G)[None, :])
@@ -98,7 +107,7 @@ def guess_kernel(
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Guesses a threshold for one query head, -inf where every score is to be stored."""
-    # What came before the sample has ended where that lets this launch start.
+    # What was before the sample, or before an `append`, has ended where that lets this one start.
     allow_next(CHAINED)
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
     i_row = i_b * HKV + i_hq // G
@@ -228,8 +237,8 @@ def collect_kernel(
         filtered = (entries * P > store_below).to(tl.int32)
     tiles = (entries + PAGES - 1) // PAGES
     if not LISTED and (GUESSED or not APPENDS):
-        # Else only who reads the last page needs the launch before, if that is `append`, and may
-        # read others first.
+        # Else only who reads the last page needs a launch before, which is `append`, and may read
+        # others first.
         soon = ((tiles - 1) % S == i_s) & (i_s + STAGES * S >= tiles)
         await_if((filtered > 0) | (early != 0) & (may_be_fresh(n, P) | soon), CHAINED)
     if GUESSED:

@@ -95,7 +95,7 @@ def decode(
     store_below = min(shape.store_below, capacity // tile * tile * splits)
     softmax, guessed = isinstance(alpha, Tensor) or alpha == 1, shape.max_read > store_below
     newest = NOTHING_NEW
-    # Sampled are keys of a block table's pages before the last two.
+    # The sample of a row of more pages than two reads none that is written.
     unsure = guessed and (shape.listed or store_below < 2 * shape.page_size)
     if new_tokens is not None and can_append(shape, cache, softmax or unsure):
         newest = newest_arguments(cache, new_tokens, key_scale)

@@ -154,6 +154,7 @@ def test_a_guess_that_is_too_high_is_found_out_and_made_up_for(few_splits):
     """The keys that the sample hits score high, and no others do."""
     scene = make_scene([16 * 800], kv_heads=1, group=1, dtype=torch.float32, filled=False)
     rows = torch.arange(2048) * (16 * 798 - 1) // 2047  # of all pages but the last two
+    rows[-1] = 16 * 800 - 1
     query, key = scene.query[0][-1, 0], scene.key[0]
     score = 0.9 + 0.1 * torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(1))
     key[:] = 0
@@ -165,6 +166,30 @@ def test_a_guess_that_is_too_high_is_found_out_and_made_up_for(few_splits):
     assert step.counters[Counter.FALLBACKS] == 1
     assert (step.scratch("count") < 2048).all()
     assert_accurate(step, out)
+
+
+@pytest.mark.parametrize("place", [-1, 1001], ids=["that is sampled", "that is not"])
+@pytest.mark.parametrize("alpha", [1.5, 1.05], ids="alpha {:.3g}".format)
+def test_one_key_far_above_all_others_leaves_the_output_exact(few_splits, alpha, place):
+    """With an exponent of 20 its weight above the guess may be past fp32."""
+    scene = make_scene([2700], kv_heads=1, group=1, dtype=torch.float32, spread=6.0, filled=False)
+    query, key = scene.query[0][-1, 0], scene.key[0]
+    key[place, 0] = 95 / (alpha - 1) * query / (query.square().sum() * scene.scale)
+    scene.append_all()
+    step = small_chip(scene, alpha)
+    assert_accurate(step, step.run(step.shape.size(4 * step.shape.tile)))
+    assert step.counters[Counter.FALLBACKS] == 0
+
+
+def test_a_flat_row_is_not_listed_where_the_newest_key_is_above_it(few_splits):
+    scene = make_scene([2700], kv_heads=1, group=1, dtype=torch.float32, spread=0.05, filled=False)
+    query, key = scene.query[0][-1, 0], scene.key[0]
+    key[-1, 0] = 3.0 * query / (query.square().sum() * scene.scale)
+    scene.append_all()
+    step = small_chip(scene)
+    assert_accurate(step, step.run(step.shape.size(4 * step.shape.tile)))
+    assert step.counters[Counter.FALLBACKS] == 0
+    assert step.scratch("count").sum() == 1
 
 
 @pytest.mark.parametrize("size", ["good", "least"])

@@ -176,6 +176,24 @@ def test_a_guess_sees_no_key_that_its_step_appends(monkeypatch):
     assert torch.equal(guess, at_once)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "options"),
+    [
+        ([49, 48, 1, 17, 33, 0, 16, 32], 64, {}),
+        ([49, 48, 1, 17, 33, 0, 16, 200], 256, {"sliding_window": 20}),
+    ],
+    ids=["all", "in windows"],
+)
+def test_a_guess_from_what_the_step_appends_comes_after_it(lengths, most, options, monkeypatch):
+    monkeypatch.setattr(
+        import_module("entmaxkv_kernels.triton.decode"), "processors", lambda device: 1
+    )
+    sequences = Sequences(Exact(), lengths, most, options)
+    shape = step_shape(sequences.query[0], sequences.cache, sequences.table, Exact(), 0)
+    sequences.options["workspace"] = sequences.options["workspace"][: shape.least_size]
+    assert_at_once_is_in_turn(sequences)
+
+
 def assert_at_once_is_in_turn(sequences):
     """Steps with new tokens write what `append` and steps after it do, to the bit."""
     sequences.forget()
