@@ -73,9 +73,9 @@ def dense_entmax_attention(
     alpha: float,
 ) -> Tensor:
     """What `entmax_attention` computes, without a GPU, from all scores at once."""
-    from entmax import entmax15, entmax_bisect, sparsemax
+    from entmax import entmax15, entmax_bisect
 
-    weigh = {1.5: entmax15, 2.0: sparsemax}.get(alpha, partial(entmax_bisect, alpha=alpha))
+    weigh = entmax15 if alpha == 1.5 else partial(entmax_bisect, alpha=alpha)
 
     group = query.shape[1] // key.shape[1]
     kept = value.dtype

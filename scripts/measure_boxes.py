@@ -5,9 +5,9 @@ For keys of several kinds and random queries with the wanted support: the exact 
 pages that `topk` chooses by boxes that are not rounded to 8 bits, too. Prints the table of
 docs/kernels.md.
 
-"2-bit codes" is a rule that is not served: keys less their page's mean, rotated by a Hadamard
-matrix, as two bits a channel and one step a page. "Weight" knows what each page holds: no rule
-leaves out much less.
+"2-bit codes" is a rule that is not served: keys less the center of their page's box, rotated by a
+Hadamard matrix, as two bits a channel and one step a page. "Weight" knows what each page holds: no
+rule leaves out less.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def reaches(key: Tensor, query: Tensor) -> dict[str, Tensor]:
         "by bounds": quest_bounds(ours),
         "Quest": quest_bounds(quest),
         f"mean + {DEVIATIONS} deviations": page_reaches(normal),
-        "2-bit codes": coded_reaches(key, query)[None, None],
+        "2-bit codes": coded_reaches(key, box[0], query)[None, None],
     }
 
 
@@ -107,14 +107,13 @@ STEP = 0.9957
 """Of four levels that are equally far apart, in standard deviations: best for normal numbers."""
 
 
-def coded_reaches(key: Tensor, query: Tensor) -> Tensor:
-    """The largest score in each page by its mean and two bits of every channel, [GROUP, pages]."""
-    mean = key.mean(1, keepdim=True)
-    rest = rotated(key - mean)
+def coded_reaches(key: Tensor, center: Tensor, query: Tensor) -> Tensor:
+    """The largest score in each page by a center and two bits of every channel, [GROUP, pages]."""
+    rest = rotated(key - center[:, None])
     step = STEP * rest.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-30)
     coded = ((rest / step).floor().clamp(-2, 1) + 0.5) * step
     scores = torch.einsum("gd,ptd->gpt", rotated(query), coded)
-    return scores.amax(2) + query @ mean[:, 0].T
+    return scores.amax(2) + query @ center.T
 
 
 def candidates_of(query: Tensor, center: Tensor, half_width: Tensor) -> Candidates:

@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the training attention needs PyTorch")
 pytest.importorskip("triton", reason="the training attention is a Triton kernel")
 
+from entmax import entmax_bisect  # noqa: E402
+
 from entmaxkv_kernels.triton.training import entmax_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,33 +26,6 @@ def test_all_tests_of_this_file_pass_in_a_process_with_the_interpreter() -> None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     child = subprocess.run(command, env=os.environ | INTERPRETER, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout
-
-
-def sparsemax(scores: torch.Tensor) -> torch.Tensor:
-    """2-entmax of the last dimension by sorting, differentiable by autograd. # [..., T]"""
-    ordered = scores.sort(dim=-1, descending=True).values
-    finite = ordered.isfinite()
-    ordered = ordered.masked_fill(~finite, 0.0)
-    count = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
-    tau = (ordered.cumsum(-1) - 1) / count
-    support = ((tau < ordered) & finite).sum(-1, keepdim=True)
-    return (scores - tau.gather(-1, support - 1)).clamp(min=0)
-
-
-def bisected(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The same of any alpha; the threshold's own gradient by a last Newton step. # [..., T]"""
-    z, b = (alpha - 1) * scores, 1 / (alpha - 1)
-    high = z.detach().max(-1, keepdim=True).values
-    low = high - 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = (z.detach() - middle).clamp(min=0).pow(b).sum(-1, keepdim=True) >= 1
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    excess = (z - low).clamp(min=0)
-    seen = excess > 0
-    slope = b * torch.where(seen, excess.detach(), 1.0).pow(b - 1).mul(seen).sum(-1, keepdim=True)
-    tau = low + (excess.pow(b).sum(-1, keepdim=True) - 1) / slope
-    return (z - tau).clamp(min=0).pow(b)
 
 
 def entmax15(scores: torch.Tensor) -> torch.Tensor:
@@ -83,8 +58,7 @@ def reference(
         position = torch.arange(q.shape[2], device=q.device)
         scores += torch.tensor(slopes).to(q)[:, None, None] * (position - position[:, None])
     scores = scores.masked_fill(hidden, -torch.inf)
-    weigh = {1.5: entmax15, 2.0: sparsemax}.get(alpha, lambda scores: bisected(scores, alpha))
-    return weigh(scores) @ v
+    return (entmax15(scores) if alpha == 1.5 else entmax_bisect(scores, alpha)) @ v
 
 
 @runs_kernels

@@ -15,6 +15,7 @@ from .attend import attend_kernel
 from .attend_short import attend_short_kernel
 from .certificate import BOUNDED, PROVED
 from .collect import collect_kernel, guess_kernel, sample_kernel
+from .entmax import order_of
 from .filter import filter_kernel
 from .gaussian import cut_kernel, model_kernel, reach_kernel
 from .launch import launch
@@ -166,7 +167,7 @@ def decode(
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
-        "ORDER": int(b) if not isinstance(alpha, Tensor) and b in (1, 2, 3) else 0,
+        "ORDER": 0 if isinstance(alpha, Tensor) else order_of(b),
     }
     # Where nothing else reads the list, it is made by those who read the pages.
     alone = not softmax and not guessed

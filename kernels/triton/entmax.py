@@ -43,6 +43,11 @@ def power(b_x, b_exponent):
     return tl.where(b_x > 0.0, tl.exp2(b_exponent * b_log), 0.0)
 
 
+def order_of(exponent: float) -> int:
+    """ORDER of an exponent b that no head has another one of."""
+    return int(exponent) if exponent in (1, 2, 3) else 0
+
+
 @triton.jit
 def weights_and_slopes(b_x, b_exponent, ORDER: tl.constexpr):
     """b_x ** b and b_x ** (b - 1) for b_x >= 0, 0 ** 0 being 0. ORDER is b, or 0 for any b."""

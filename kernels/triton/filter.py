@@ -45,7 +45,7 @@ def lower_bound(
         mass, slope = sum_pairs((b_mass, tl.load(p_slope + o_own, mask=m_a, other=0.0)))
         # Not "at least": a mass that is no number shows in the output.
         proved = ~(mass < 1.0)
-        # With many a weight far above the guess a mass is past fp32.
+        # With a large exponent the weight of a key far above the guess is past fp32.
         step = tl.where(mass < float("inf"), newton_step(mass, slope, 1.0, b, ORDER), 0.0)
         lower = tl.maximum(lower, guess - peak + step)
     return lower, proved

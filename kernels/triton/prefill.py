@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..pages import PagedCache
 from ..reference.entmax import exponent, score_factor
+from .entmax import order_of
 from .launch import launch
 from .prefill_softmax import prefill_softmax_kernel
 from .prefill_thresholds import prefill_thresholds_kernel
@@ -235,7 +236,7 @@ def prefill(
             size = division.good_size(query.device, tile_count)
             workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
         programs, slab = division.divide(workspace.numel(), tile_count, query.device)
-        order = int(b) if not per_head and b in (1, 2, 3) else 0
+        order = 0 if per_head else order_of(b)
         entries, pairs = division.entries, slab * kv_heads
         sizes = [_ALIGNMENT, programs * 8 * entries, programs * 4 * entries]
         sizes += [pairs * rows * 4, pairs * rows * 4 * base, pairs * entries // 8]

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from ..reference.entmax import exponent
+from .entmax import order_of
 from .training_backward import (
     entmax_attention_key_value_gradient_kernel,
     entmax_attention_query_gradient_kernel,
@@ -44,7 +45,7 @@ class EntmaxAttention(torch.autograd.Function):
             D=dim,
             BM=BLOCK_LONG,
             BN=BLOCK_SHORT,
-            ORDER=order(alpha),
+            ORDER=order_of(exponent(alpha)),
             num_warps=WARPS,
         )
         ctx.save_for_backward(q, k, v, out2, tau, slopes)
@@ -71,7 +72,12 @@ class EntmaxAttention(torch.autograd.Function):
             exponent(ctx.alpha),
             length,
         )
-        meta = {"H": heads, "G": heads // key_heads, "D": dim, "ORDER": order(ctx.alpha)}
+        meta = {
+            "H": heads,
+            "G": heads // key_heads,
+            "D": dim,
+            "ORDER": order_of(exponent(ctx.alpha)),
+        }
         meta["num_warps"] = WARPS
         blocks = triton.cdiv(length, BLOCK_LONG)
         entmax_attention_query_gradient_kernel[(batch * heads, blocks)](
@@ -125,9 +131,3 @@ def entmax_attention(
     if slopes is not None:
         rows = (alpha - 1) * torch.tensor(slopes, dtype=torch.float32, device=q.device)
     return EntmaxAttention.apply(q, k, v, dim**-0.5 if scale is None else scale, rows, alpha)
-
-
-def order(alpha: float) -> int:
-    """1 / (alpha - 1) where that is 1, 2 or 3, for kernels that take no power then; else 0."""
-    b = exponent(alpha)
-    return int(b) if b in (1, 2, 3) else 0

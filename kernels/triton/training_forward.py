@@ -14,7 +14,8 @@ import triton.language as tl
 
 from .entmax import NEWTON_STEPS, newton_step, weights_and_slopes
 
-# Above what decoding allows: a pass over all keys less, for what bf16 rounds away.
+# The step taken from here leaves a small part of it: near enough to train, and often a pass over
+# all keys less than decoding would take.
 EXCESS_MASS = tl.constexpr(1e-3)
 
 
