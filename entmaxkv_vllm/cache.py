@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from entmaxkv_kernels import Adaptive, Exact, Gaussian, PagedCache, PageLayout, Selector, TopK
+from entmaxkv_kernels.pages import CODED_HEAD_SIZES
 from entmaxkv_vllm.config import GAUSSIAN, ConfigurationError, EntmaxKVConfig
 
 if TYPE_CHECKING:
@@ -15,10 +16,10 @@ def selector_of(config: EntmaxKVConfig) -> Selector:
     if config.selector in GAUSSIAN:
         return Gaussian(shared_spread=config.selector == "gaussian-paper")
     if config.selector == "topk":
-        return TopK(token_budget=config.token_budget)
+        return TopK(token_budget=config.token_budget, codes=config.codes)
     if config.selector == "adaptive":
-        return Adaptive(margin=config.margin, guard=config.guard)
-    return Exact(prune=config.prune)
+        return Adaptive(margin=config.margin, guard=config.guard, codes=config.codes)
+    return Exact(prune=config.prune, codes=config.codes)
 
 
 def is_fp8(cache_dtype: str | None) -> bool:
@@ -30,8 +31,17 @@ def page_layout(config: EntmaxKVConfig, head_size: int, fp8: bool = False) -> Pa
     """The page that the configured selector needs.
 
     Raises:
-        ConfigurationError: if means and deviations are not a whole number of values per token.
+        ConfigurationError: if means and deviations are not a whole number of values per token, or
+            keys of this size have no codes.
     """
+    if config.codes and head_size not in CODED_HEAD_SIZES:
+        raise ConfigurationError(
+            "codes",
+            True,
+            f"does not fit head size {head_size}: keys have codes if it is a multiple of 4 from "
+            f"{CODED_HEAD_SIZES[0]} to {CODED_HEAD_SIZES[-1]}",
+            "leave it out",
+        )
     try:
         return PageLayout(config.page_size, head_size, selector_of(config).statistics, fp8)
     except ValueError as error:

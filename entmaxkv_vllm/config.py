@@ -22,6 +22,7 @@ SELECTORS_OF = {
     "token_budget": ("topk",),
     "margin": ("adaptive",),
     "guard": ("adaptive",),
+    "codes": ("topk", "adaptive", "exact"),
 }
 """Options that mean something to some selectors only."""
 SECTION = "entmaxkv"
@@ -62,6 +63,8 @@ class EntmaxKVConfig:
             do in those that it read first.
         guard: times the mean radius of a page's neighbours from which `adaptive` judges it by its
             bound; 0 for no guard.
+        codes: whether `topk`, `adaptive` and `exact` that prunes go by two bits of every channel of
+            every key, in place of boxes around the keys of a page.
         page_size: tokens in a page; one vLLM block is a whole number of pages.
         dense_layers: indices of layers that always decode exactly.
         exact_below: contexts up to this many tokens always decode exactly.
@@ -79,6 +82,7 @@ class EntmaxKVConfig:
     token_budget: int = 2048
     margin: float = 1.25
     guard: float = 1.2
+    codes: bool = False
     page_size: int = 16
     dense_layers: tuple[int, ...] = ()
     exact_below: int = 2048
@@ -146,6 +150,7 @@ def resolve(
         prune=_flag("prune", values.get("prune", defaults["prune"])),
         margin=_number("margin", values.get("margin", defaults["margin"])),
         guard=_number("guard", values.get("guard", defaults["guard"])),
+        codes=_flag("codes", values.get("codes", defaults["codes"])),
         token_budget=_integer("token_budget", values.get("token_budget", defaults["token_budget"])),
         page_size=_page_size(values.get("page_size", defaults["page_size"])),
         dense_layers=_layers(values.get("dense_layers", defaults["dense_layers"]), num_layers),
@@ -175,6 +180,13 @@ def resolve(
             True,
             f"needs bounds of what is not read, which selector {config.selector} does not keep",
             "leave it out, or use selector topk or adaptive",
+        )
+    if config.codes and config.selector == "exact" and not config.prune:
+        raise ConfigurationError(
+            "codes",
+            True,
+            "means nothing to selector exact, which reads all pages unless it prunes",
+            "leave it out, or set prune",
         )
     _check_adaptive(config)
     if config.token_budget < config.page_size:

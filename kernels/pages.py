@@ -8,7 +8,9 @@ Means and deviations are of the dtype of the keys; those of fp8 pages are bf16, 
 elements each: fp8 would leave little of them. A box around the keys is of 8-bit numbers, 2 *
 head_size bytes, with a scale for its centers, one for its half-widths and a radius, fp32, in the
 last 12 bytes of the page. The radius is how far keys lie off the center at most, in half-widths, as
-a Euclidean norm over the channels.
+a Euclidean norm over the channels. Codes are a center of 8-bit numbers, two bits of each channel of
+each key and 8 bits of each key's step, with the same three numbers at the end of the page;
+`reference/codes.py` says what they are.
 
 The statistics live in the page they describe, so whatever moves a page (prefix caching,
 copy-on-write, offloading, KV transfer) moves them along, and they are planned in the same
@@ -25,15 +27,21 @@ from torch import Tensor
 BOX = ("center", "half_width")
 """The statistics that bound the keys of a page in each channel."""
 
-STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX)
+CODES = ("center", "codes")
+"""Those that tell the keys of a page apart, and bound them as well."""
+
+STATISTICS: tuple[tuple[str, ...], ...] = ((), ("mean", "std"), BOX, CODES)
 """The sets of page statistics that `append` knows how to keep."""
 
 SCALES = 3
-"""Numbers of fp32 that go with a box."""
+"""Numbers of fp32 that go with a box, or with codes."""
 
-BOX_ALIGNMENT = 128
-"""Bytes that a page with a box is a multiple of: a cache line of a GPU. Where pages start inside
-one, reading all keys of a long context takes longer."""
+BOUNDED_ALIGNMENT = 128
+"""Bytes that a page with a box or codes is a multiple of: a cache line of a GPU. Where pages start
+inside one, reading all keys of a long context takes longer."""
+
+CODED_HEAD_SIZES = range(64, 257, 4)
+"""Head sizes whose keys have codes."""
 
 FP8 = torch.float8_e4m3fn
 """The dtype of fp8 pages."""
@@ -48,13 +56,14 @@ class PageLayout:
 
     page_size: tokens per page.
     head_size: elements of one key, and of one value.
-    statistics: names of the per-channel page statistics, one vector of `head_size` numbers
-        each: `()`, `("mean", "std")` or `("center", "half_width")`.
+    statistics: names of the page statistics: `()`, `("mean", "std")` or `("center", "half_width")`,
+        each a vector of `head_size` numbers, or `("center", "codes")`.
     fp8: whether keys and values are torch.float8_e4m3fn, and means and deviations bf16.
 
     Raises ValueError when a size is not positive, when the statistics are not one of the sets
-    above, or when a page with means and deviations does not divide into a whole number of elements
-    per token; with boxes it is padded.
+    above, when the head size is none of CODED_HEAD_SIZES and there are codes, or when a page with
+    means and deviations does not divide into a whole number of elements per token; with boxes or
+    codes it is padded.
     """
 
     page_size: int
@@ -68,8 +77,13 @@ class PageLayout:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.statistics not in STATISTICS:
             raise ValueError(f"statistics is {self.statistics!r}; expected one of {STATISTICS}")
+        if self.coded and self.head_size not in CODED_HEAD_SIZES:
+            raise ValueError(
+                f"head_size is {self.head_size}; expected a multiple of 4 from "
+                f"{CODED_HEAD_SIZES[0]} to {CODED_HEAD_SIZES[-1]} for codes of keys"
+            )
         vectors = len(self.statistics) * self.statistics_width
-        if not self.boxed and vectors * self.head_size % self.page_size:
+        if not self.bounded and vectors * self.head_size % self.page_size:
             raise ValueError(
                 f"page_size is {self.page_size}; expected a divisor of the "
                 f"{vectors} * {self.head_size} statistics elements of a page, so "
@@ -77,9 +91,21 @@ class PageLayout:
             )
 
     @property
-    def boxed(self) -> bool:
-        """Whether the statistics are 8-bit numbers with scales."""
-        return self.statistics == BOX
+    def coded(self) -> bool:
+        """Whether keys have codes."""
+        return self.statistics == CODES
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the statistics bound the keys: 8-bit numbers with scales."""
+        return self.statistics in (BOX, CODES)
+
+    @property
+    def bounding_bytes(self) -> int:
+        """Bytes of a box, or of the center, the codes and the steps; without their scales."""
+        if self.coded:
+            return self.head_size + self.page_size * (self.head_size // 4 + 1)
+        return 2 * self.head_size
 
     @property
     def statistics_width(self) -> int:
@@ -90,13 +116,14 @@ class PageLayout:
     def elements_per_page(self) -> int:
         """Elements of one page of one KV head.
 
-        A box has room in elements of 2 bytes, or of 1 in fp8 pages; wider ones leave more unused.
+        A box or codes have room in elements of 2 bytes, or of 1 in fp8 pages; wider ones leave more
+        unused.
         """
-        if self.boxed:
+        if self.bounded:
             width = 1 if self.fp8 else 2
-            size = 2 * self.page_size * self.head_size * width + 2 * self.head_size
+            size = 2 * self.page_size * self.head_size * width + self.bounding_bytes
             size += SCALES * torch.float32.itemsize
-            step = math.lcm(BOX_ALIGNMENT, self.page_size * width)
+            step = math.lcm(BOUNDED_ALIGNMENT, self.page_size * width)
             return -(-size // step) * step // width
         vectors = 2 * self.page_size + len(self.statistics) * self.statistics_width
         return vectors * self.head_size
@@ -112,9 +139,10 @@ class PagedCache(NamedTuple):
 
     key, value: [num_pages, kv_heads, page_size, head_size]
     statistics: [num_pages, kv_heads, len(layout.statistics), head_size], of the same dtype; bf16
-        where that is fp8; int8 for boxes
-    scales: [num_pages, kv_heads, 3] fp32, of centers and half-widths, and the radius; for other
-        statistics [num_pages, kv_heads, 0]
+        where that is fp8; int8 for boxes; for codes [num_pages, kv_heads, 1,
+        layout.bounding_bytes] int8
+    scales: [num_pages, kv_heads, 3] fp32, of centers and half-widths or steps, and the radius; for
+        other statistics [num_pages, kv_heads, 0]
     """
 
     key: Tensor
@@ -124,9 +152,10 @@ class PagedCache(NamedTuple):
     layout: PageLayout
 
     def read_statistics(self, page: Tensor, dtype: torch.dtype) -> Tensor:
-        """The statistics of pages [...], [..., kv_heads, len(layout.statistics), head_size]."""
+        """The statistics of pages [...], but no codes, as numbers
+        [..., kv_heads, len(layout.statistics), head_size]."""
         statistics = self.statistics[page].to(dtype)
-        if self.layout.boxed:
+        if self.layout.bounded:
             statistics *= self.scales[page][..., :2, None].to(dtype)
         return statistics
 
@@ -168,7 +197,7 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
         )
 
     place = (pages.storage_offset(), *pages.stride()[:2])
-    widest = torch.float32 if layout.boxed else FP8_STATISTICS if layout.fp8 else pages.dtype
+    widest = torch.float32 if layout.bounded else FP8_STATISTICS if layout.fp8 else pages.dtype
     width = -(-widest.itemsize // pages.itemsize)
     if any(distance % width for distance in place):
         raise ValueError(
@@ -185,9 +214,10 @@ def split_pages(pages: Tensor, layout: PageLayout) -> PagedCache:
 
     size, head_size, count = layout.page_size, layout.head_size, len(layout.statistics)
     end = 2 * size * head_size
-    if layout.boxed:
-        whole = pages.view(torch.int8)
-        statistics = part(whole, end * pages.itemsize, count, head_size)
+    if layout.bounded:
+        whole, vectors = pages.view(torch.int8), 1 if layout.coded else count
+        columns = layout.bounding_bytes // vectors
+        statistics = part(whole, end * pages.itemsize, vectors, columns)
         width = SCALES * torch.float32.itemsize
         last = layout.elements_per_page * pages.itemsize - width
         scales = part(whole, last, 1, width).view(torch.float32)[:, :, 0]

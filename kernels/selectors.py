@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .pages import BOX
+from .pages import BOX, CODES
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Exact:
         score above the threshold of keys that were read first. Only for entmax. All pages are read
         where the boxes say too little.
     first_pages: with prune, pages that each query head has read first, as for `Adaptive`.
+    codes: with prune, go by codes of the keys, as for `TopK`.
     """
 
     prune: bool = False
     first_pages: int = 16
+    codes: bool = False
 
     def __post_init__(self) -> None:
         _check_first_pages(self.first_pages)
@@ -33,7 +35,7 @@ class Exact:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        return BOX if self.prune else ()
+        return _bounding(self.codes) if self.prune else ()
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,30 @@ class Gaussian:
 @dataclass(frozen=True)
 class TopK:
     """The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774).
+    With `codes` by those of their keys.
 
     The boxes are of 8-bit numbers, lie around the means and hold all keys of their pages. They are
     ranked by how high scores are likely to reach in them, and bound them as well.
 
     token_budget: tokens to read besides the last page, which is always read; rounded down to
         whole pages. Below one page only the last page is read.
+    codes: go by two bits of every channel of every key in place of boxes. They tell far better
+        which pages hold the largest scores, and take more room and time: 668 bytes of a page of 16
+        keys of 128 channels, boxes 268.
     """
 
     token_budget: int
+    codes: bool = False
 
     name: ClassVar[str] = "topk"
-    statistics: ClassVar[tuple[str, ...]] = BOX
 
     def __post_init__(self) -> None:
         if self.token_budget < 0:
             raise ValueError(f"token_budget is {self.token_budget}; expected at least 0")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return _bounding(self.codes)
 
 
 @dataclass(frozen=True)
@@ -119,15 +129,17 @@ class Adaptive:
     guard: a page whose radius is more than this many times the mean of its neighbours' holds a key
         that lies off the others in most channels, and is judged by its bound instead: an isolated
         key that the estimate misses is likely to be in one. 0 for no guard, or at least 1.
+    codes: go by codes of the keys, as for `TopK`: what stands for the center is the largest score
+        of the rounded keys of a page, and for a half-width what rounding moves it by.
     """
 
     margin: float = 1.25
     reach: float | None = None
     first_pages: int = 16
     guard: float = 1.2
+    codes: bool = False
 
     name: ClassVar[str] = "adaptive"
-    statistics: ClassVar[tuple[str, ...]] = BOX
 
     def __post_init__(self) -> None:
         for field in ("margin", "reach"):
@@ -138,8 +150,16 @@ class Adaptive:
         if self.guard != 0 and not 1 <= self.guard < math.inf:
             raise ValueError(f"guard is {self.guard}; expected 0 or a finite number of at least 1")
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return _bounding(self.codes)
+
 
 Selector = Exact | Gaussian | TopK | Adaptive
+
+
+def _bounding(codes: bool) -> tuple[str, ...]:
+    return CODES if codes else BOX
 
 
 def _check_first_pages(first_pages: int) -> None:

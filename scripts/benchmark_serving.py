@@ -63,6 +63,7 @@ ROOM = 512
 CONTEXTS = [2048, 8192, 32768, 131072, 524288]
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"selector": "topk"},
+    "topk-codes": {"selector": "topk", "codes": True},
     "exact": {},
     "gaussian": {"selector": "gaussian"},
     "adaptive": {"selector": "adaptive"},
@@ -134,7 +135,7 @@ def engine(shape: str, arm: str, contexts: list[int], requests: int, args: Any) 
     if arm != "FLASH_ATTN":
         accept_the_connector()
         settings: dict[str, Any] = dict(SETTINGS[arm])
-        if arm == "topk":
+        if arm.startswith("topk"):
             settings["token_budget"] = max(contexts) // 20
         options = {
             "attention_backend": "ENTMAXKV",
@@ -357,7 +358,7 @@ def main() -> None:
             )
         for arm in args.arm if contexts else []:
             # The budget is a share of the context and one for an engine.
-            parts = [[c] for c in contexts] if arm == "topk" else [contexts]
+            parts = [[c] for c in contexts] if arm.startswith("topk") else [contexts]
             engines += [(shape, arm, part, requests) for part in parts]
     imported = spawn.Barrier(len(engines) + 1)
     arms = []

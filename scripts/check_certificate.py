@@ -28,6 +28,7 @@ from entmaxkv_kernels import (
     decode,
     split_pages,
 )
+from entmaxkv_kernels.pages import BOX, CODES
 from entmaxkv_kernels.reference.entmax import score_factor, solve_entmax
 from entmaxkv_vllm.bench.provenance import about
 
@@ -136,10 +137,15 @@ def run_step(
 
 
 def make_cache(
-    kind: str, dtype: torch.dtype, lengths: list[int], implementation: str, random: torch.Generator
+    kind: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    codes: bool,
+    implementation: str,
+    random: torch.Generator,
 ) -> tuple[PagedCache, list[Tensor]]:
     """Sequences one after the other in their own pages, and the keys of each that are stored."""
-    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, TopK.statistics)
+    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, CODES if codes else BOX)
     pages = LONGEST // PAGE_SIZE
     raw = allocate_pages(len(lengths) * pages, KV_HEADS, layout, dtype, random.device)
     cache, keys = split_pages(raw, layout), []
@@ -152,7 +158,12 @@ def make_cache(
 
 
 def check(
-    kind: str, dtype: torch.dtype, alibi: bool, implementation: str, random: torch.Generator
+    kind: str,
+    dtype: torch.dtype,
+    alibi: bool,
+    codes: bool,
+    implementation: str,
+    random: torch.Generator,
 ) -> dict[str, Tensor]:
     """One random batch: the bound, the truth and the recall of its heads."""
     device, batch = random.device, BATCH[implementation]
@@ -161,7 +172,7 @@ def check(
         return int(torch.randint(low, high + 1, (), generator=random, device=device))
 
     lengths = [integer(1, LONGEST) for _ in range(batch)]
-    cache, keys = make_cache(kind, dtype, lengths, implementation, random)
+    cache, keys = make_cache(kind, dtype, lengths, codes, implementation, random)
     spread = 2.0 ** integer(-1, 3)
     query = spread * independent((batch, KV_HEADS * GROUP, HEAD_SIZE), random)
     slopes = 2.0 ** -torch.arange(1.0, KV_HEADS * GROUP + 1, device=device) if alibi else None
@@ -171,7 +182,7 @@ def check(
     options: dict[str, Any] = {
         "scale": HEAD_SIZE**-0.5,
         "alpha": ALPHAS[integer(0, len(ALPHAS) - 1)],
-        "selector": TopK(integer(0, LONGEST // 2)),
+        "selector": TopK(integer(0, LONGEST // 2), codes),
         "alibi_slopes": slopes,
     }
     bound, closer, read = run_step(context, implementation, options)
@@ -222,10 +233,11 @@ def table(result: dict[str, Any]) -> str:
                 "" if tightness is None else f"{tightness:.2f}",
             )
         )
+    bounds = ", bounds by codes" if result.get("bounds") == "codes" else ""
     total = (
         f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
         f"{result['versions']['torch']}, {result['gpu']}, the {result['implementation']} "
-        f"implementation, commit {result['commit'][:12]}, {result['date']}."
+        f"implementation{bounds}, commit {result['commit'][:12]}, {result['date']}."
     )
     return "\n".join([total, "", *table_lines([*titles, "tightness"], rows)])
 
@@ -240,7 +252,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for kind, dtype, alibi in families:
         parts: list[dict[str, Tensor]] = []
         while sum(len(part["bound"]) for part in parts) < args.heads / len(families):
-            parts.append(check(kind, dtype, alibi, args.implementation, random))
+            parts.append(check(kind, dtype, alibi, args.codes, args.implementation, random))
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         about_family = {"keys": kind, "dtype": str(dtype).removeprefix("torch."), "alibi": alibi}
         rows.append(about_family | summary(found, ROUNDING[dtype]))
@@ -248,6 +260,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     totals = {name: sum(int(row[name]) for row in rows) for name in ("heads_checked", "violations")}
     some = [row["median_tightness"] for row in rows if row["median_tightness"] is not None]
     result = about(args.commit) | {"implementation": args.implementation} | totals
+    result["bounds"] = "codes" if args.codes else "boxes"
     result |= {"median_tightness": statistics.median(some) if some else None}
     result |= {"seconds": time.perf_counter() - began, "rows": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -262,6 +275,7 @@ def main() -> None:
         "--results", type=Path, nargs="+", default=[], help="other files to put there"
     )
     parser.add_argument("--implementation", choices=tuple(BATCH), default="reference")
+    parser.add_argument("--codes", action="store_true", help="bound by codes, not by boxes")
     parser.add_argument("--heads", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")

@@ -16,6 +16,7 @@ from fuzz_families import DEVICE, FP32, Family
 from torch import Tensor
 
 from entmaxkv_kernels import PagedCache, PageLayout, append, split_pages
+from entmaxkv_kernels.reference.codes import unpack
 
 
 def run_appends(family: Family, draw: Draw, careful: bool) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def run_appends(family: Family, draw: Draw, careful: bool) -> dict[str, Tensor]:
     raw = poisoned_pages(family, calls * pages)
     exact_layout = PageLayout(size, family.head_size, family.layout.statistics)
     exact_shape = *raw.shape[:3], exact_layout.elements_per_token
-    exact_dtype = FP32 if exact_layout.boxed else torch.float64
+    exact_dtype = FP32 if exact_layout.bounded else torch.float64
     exact = torch.full(exact_shape, torch.nan, dtype=exact_dtype, device=DEVICE)
     cache, expected = split_pages(raw, family.layout), split_pages(exact, exact_layout)
     old = on_device(old)
@@ -76,6 +77,15 @@ def run_appends(family: Family, draw: Draw, careful: bool) -> dict[str, Tensor]:
     return {"error": error, "the pages hold something else": other.view(calls, -1).any(1)}
 
 
+def code_numbers(cache: PagedCache) -> Tensor:
+    """What codes say, [pages, kv_heads, ...]; 0 where nothing was written."""
+    size = cache.layout.page_size
+    codes = unpack(cache.statistics, cache.scales.nan_to_num(0), size, torch.float64)
+    step = codes.units * codes.scales[..., 1:2]
+    numbers = codes.center * codes.scales[..., :1], (codes.levels - 1.5) * step[..., None]
+    return torch.cat((numbers[0], numbers[1].flatten(-2), codes.scales), -1)
+
+
 def holds_other(pages: Tensor, expected: Tensor) -> Tensor:
     """[pages] whether a number differs; NaN stands where nothing was written."""
     pages = pages.double()
@@ -83,7 +93,11 @@ def holds_other(pages: Tensor, expected: Tensor) -> Tensor:
 
 
 def statistics_error(cache: PagedCache, expected: PagedCache) -> Tensor:
-    """[pages] the largest error over what fp32 sums and the dtype explain; boxes are exact."""
+    """[pages] the largest error over what fp32 sums and the dtype explain; boxes and codes are
+    exact."""
+    if cache.layout.coded:
+        numbers, wanted = (code_numbers(x) for x in (cache, expected))
+        return excess(numbers, wanted, torch.zeros_like(wanted))
     page = torch.arange(len(cache.key), device=cache.key.device)
     statistics, exact = (x.read_statistics(page, torch.float64) for x in (cache, expected))
     unwritten = statistics.isnan() & exact.isnan()

@@ -30,6 +30,13 @@ ADAPTIVE = (
     Exact(prune=True, first_pages=4),
     Exact(),
 )
+CODED = (TopK(40, codes=True), TopK(128, codes=True), Exact())
+CODED_MORE = (
+    Adaptive(first_pages=4, codes=True),
+    Adaptive(reach=1.0, first_pages=2, guard=0, codes=True),
+    Exact(prune=True, first_pages=4, codes=True),
+    Exact(),
+)
 PRUNED = (Exact(prune=True, first_pages=3), Exact(prune=True))
 
 
@@ -143,6 +150,17 @@ FAMILIES = {
     "pruned long": Family(
         dtype=FP32, **LONG, width=3000, selectors=PRUNED, alibi=True, weight=1, calls=8
     ),
+    "codes bf16": Family(selectors=CODED, weight=8),
+    "codes fp32": Family(dtype=FP32, **NARROW, selectors=CODED, alibi=True, weight=6),
+    "codes fp8": Family(fp8=True, selectors=CODED),
+    "codes fp16, D 80, pages of 32": Family(
+        dtype=FP16, head_size=80, page_size=32, width=20, selectors=CODED
+    ),
+    "codes long": Family(
+        **LONG, width=9000, selectors=(TopK(4000, codes=True),), weight=1, calls=8
+    ),
+    "adaptive codes bf16": Family(selectors=CODED_MORE, weight=6),
+    "adaptive codes fp32": Family(dtype=FP32, **NARROW, selectors=CODED_MORE, alibi=True, weight=6),
     "prefill bf16": Family(**PREFILL),
     "prefill fp32": Family(**PREFILL, dtype=FP32, **NARROW, weight=3),
     "prefill ALiBi": Family(**PREFILL, dtype=FP16, **NARROW, alibi=True, weight=3),
@@ -161,5 +179,8 @@ FAMILIES = {
     "append, pages of 64": Family(**APPEND | {"width": 3}, head_size=96, page_size=64),
     "append fp8": Family(**APPEND, fp8=True),
     "append fp8, mean": Family(**APPEND, dtype=FP32, fp8=True, selectors=GAUSSIAN),
+    "append codes": Family(**APPEND, selectors=CODED),
+    "append fp32, codes": Family(**APPEND, dtype=FP32, head_size=80, selectors=CODED),
+    "append fp8, codes": Family(**APPEND, dtype=FP16, fp8=True, selectors=CODED),
     "append fp8, boxes": Family(**APPEND, dtype=FP16, fp8=True, selectors=TOPK),
 }

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from entmaxkv_kernels.reference.append import box_around
+from entmaxkv_kernels.reference.boxes import box_around
 from entmaxkv_kernels.reference.candidates import Candidates
 from entmaxkv_kernels.reference.entmax import entmax_threshold_sort
 from entmaxkv_kernels.reference.quest import choose_pages, page_reaches, quest_bounds
@@ -127,6 +127,7 @@ def candidates_of(query: Tensor, center: Tensor, half_width: Tensor) -> Candidat
         scale=1.0,
         alpha=1.5,
         alibi_slopes=None,
+        query_dtype=query.dtype,
     )
 
 

@@ -92,6 +92,13 @@ CASES = {
     "pruned, of a long row by fallback": Case(
         FP32, selector=Exact(prune=True), width=2100, lens=(33000, 0, 33), alibi=True, least=True
     ),
+    "codes, certified, appending": Case(
+        selector=TopK(48, codes=True), certified=True, appends=True
+    ),
+    "adaptive by codes, D 80": Case(
+        FP16, head_size=80, selector=Adaptive(first_pages=4, codes=True), alibi=True
+    ),
+    "pruned by codes": Case(FP32, selector=Exact(prune=True, first_pages=4, codes=True)),
     "gaussian": Case(selector=Gaussian()),
     "softmax": Case(alpha=1.0),
     "prefill": Case(chunk=40),

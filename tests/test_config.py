@@ -2,7 +2,7 @@
 
 import pytest
 
-from entmaxkv_kernels import Adaptive, Exact
+from entmaxkv_kernels import Adaptive, Exact, TopK
 from entmaxkv_vllm.cache import page_layout, selector_of
 from entmaxkv_vllm.config import ConfigurationError, resolve
 
@@ -58,8 +58,13 @@ def test_pages_hold_the_statistics_that_the_selector_reads():
     adaptive = settle(selector="adaptive", margin=1.25, guard=0, certificate=True)
     assert selector_of(adaptive) == Adaptive(margin=1.25, guard=0)
     assert selector_of(settle(prune=True)) == Exact(prune=True)
-    assert page_layout(settle(prune=True), 64).boxed and page_layout(adaptive, 64).boxed
+    assert page_layout(settle(prune=True), 64).bounded and page_layout(adaptive, 64).bounded
     assert page_layout(settle(), 64).statistics == ()
+    coded = settle(selector="topk", token_budget=64, codes=True)
+    assert selector_of(coded) == TopK(64, codes=True) and page_layout(coded, 64).coded
+    assert page_layout(settle(prune=True, codes=True), 64).coded
+    with pytest.raises(ConfigurationError, match=r"codes=True does not fit head size 32: .*leave"):
+        page_layout(coded, 32)
 
 
 @pytest.mark.parametrize("value", [1, "true", None])
@@ -134,6 +139,17 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
             r"prune=True means nothing to selector topk; leave it out, or use selector exact",
             id="prune-without-exact",
         ),
+        pytest.param(
+            {"codes": True, "selector": "gaussian"},
+            r"codes=True means nothing to selector gaussian; leave it out, or use selector topk or",
+            id="codes-of-gaussian",
+        ),
+        pytest.param(
+            {"codes": True},
+            r"codes=True means nothing to selector exact, .* or set prune",
+            id="codes-without-prune",
+        ),
+        pytest.param({"codes": 1}, r"codes=1 is not a boolean", id="codes-1"),
         pytest.param({"prune": "yes"}, r"prune='yes' is not a boolean", id="prune-yes"),
         pytest.param(
             {"prune": True, "alpha": [1.5, 1.5, 1.0, 1.5]},

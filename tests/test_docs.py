@@ -16,6 +16,7 @@ import tabulate_selectors
 import tabulate_trained
 
 from entmaxkv_kernels import Gaussian, PageLayout, TopK
+from entmaxkv_kernels.pages import CODES
 from entmaxkv_vllm import config
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,10 +66,17 @@ def test_the_guide_is_right_about_defaults_and_about_memory():
         PageLayout(16, head_size, selector.statistics).elements_per_page
         / PageLayout(16, head_size).elements_per_page
         - 1
-        for selector in (Gaussian, TopK)
+        for selector in (Gaussian(), TopK(64))
         for head_size in (64, 80, 96, 128, 256)
     ]
     assert f"up to {max(added):.2%}" in guide
+    coded = [
+        PageLayout(16, head_size, CODES).elements_per_page
+        / PageLayout(16, head_size).elements_per_page
+        - 1
+        for head_size in (64, 80, 96, 128, 256)
+    ]
+    assert f"with `codes` up to {max(coded):.1%}" in guide
 
 
 def test_measured_steps_read_what_they_say():

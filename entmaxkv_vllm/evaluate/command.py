@@ -20,7 +20,7 @@ from entmaxkv_vllm.evaluate.checkpoint import Checkpoint, alpha_of, load
 from entmaxkv_vllm.evaluate.errors import EvaluationError
 from entmaxkv_vllm.evaluate.paged_model import PagedModel
 from entmaxkv_vllm.evaluate.predictions import perplexity_rows, task_rows
-from entmaxkv_vllm.evaluate.selectors import parse_selector
+from entmaxkv_vllm.evaluate.selectors import page_statistics, parse_selector
 from entmaxkv_vllm.retrieval import add_packages
 
 GPU_CHUNK_ELEMENTS = 1 << 28
@@ -117,7 +117,8 @@ def _rows(part: str, checkpoint: Checkpoint, args: argparse.Namespace) -> Iterat
     units *= {"attention": args.sequences, "perplexity": 1, "tasks": len(args.tasks)}[part]
     longest = max(args.contexts) + ROOM[part]
     batch = 1 if part == "attention" else args.batch
-    paged = PagedModel(checkpoint.model, checkpoint.alpha, batch, longest)
+    kept = page_statistics(args.selectors)
+    paged = PagedModel(checkpoint.model, checkpoint.alpha, batch, longest, kept)
     selectors, contexts = args.selectors, args.contexts
     with tqdm(total=units, desc=part, disable=None, leave=False) as bar:
         watched: dict[str, Any] = {"over": lambda: time.monotonic() > end, "done": bar.update}

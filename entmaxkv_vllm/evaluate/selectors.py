@@ -1,6 +1,6 @@
 """Selectors by name with their settings, as the command line takes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from entmaxkv_kernels import Adaptive, Exact, Gaussian, Selector, TopK
@@ -12,13 +12,22 @@ KINDS: dict[str, tuple[Callable[..., Selector], str]] = {
     "topk": (TopK, "token_budget"),
     "adaptive": (Adaptive, "reach"),
     "pruned": (partial(Exact, prune=True), ""),
+    "topk-codes": (partial(TopK, codes=True), "token_budget"),
+    "adaptive-codes": (partial(Adaptive, codes=True), "margin"),
+    "pruned-codes": (partial(Exact, prune=True, codes=True), ""),
 }
 """What makes the selector of a name, and the setting that needs no name."""
 
 EXAMPLES = (
-    "exact, pruned, gaussian, gaussian-paper, topk:1024, adaptive, adaptive:1.75 or "
-    "adaptive:margin=1,guard=0"
+    "exact, pruned, gaussian, gaussian-paper, topk:1024, adaptive, adaptive:1.75, "
+    "adaptive:margin=1,guard=0, or topk-codes, adaptive-codes or pruned-codes"
 )
+
+
+def page_statistics(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """The sets of page statistics that selectors of these names read, one at least."""
+    read = dict.fromkeys(parse_selector(name).statistics for name in names)
+    return tuple(statistics for statistics in read if statistics) or ((),)
 
 
 def parse_selector(text: str) -> Selector:

@@ -128,6 +128,7 @@ def model_pages(candidates: Candidates) -> PageModel:
     """The model of the candidates. All of them hold page_size tokens, so the global variance is
     the mean of the page variances plus the variance of the page means."""
     query, ranked, scale = candidates.query, candidates.ranked, candidates.scale
+    assert candidates.statistics is not None
     mean, std = candidates.statistics  # each [B, kv_heads, P, head_size]
     page_mean = (query @ mean.mT).flatten(1, 2).double() * scale
     variance = (query.square() @ std.square().mT).flatten(1, 2).double() * scale**2

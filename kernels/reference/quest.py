@@ -1,4 +1,5 @@
-"""The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774).
+"""The best pages of a fixed budget, by boxes around their keys, as Quest's (arXiv 2406.10774), or
+by codes of their keys.
 
 With k_d within half_width_d of center_d, q.k <= q.center + sum |q_d| half_width_d: the bound of
 Quest. What ranks pages is q.center + sqrt(sum (q_d half_width_d) ** 2), how high their scores are
@@ -7,6 +8,9 @@ likely to reach, because hardly a key is at the edge that suits the query in all
 A radius is the largest norm of (k - center) / half_width, over the keys of a page, so that q.k <=
 q.center + radius * sqrt(sum (q_d half_width_d) ** 2), by the inequality of Cauchy and Schwarz: the
 bound that is kept of pages, because it takes hardly more than ranking them does.
+
+With codes, the largest score of a page's rounded keys takes the place of q.center, and that of the
+norm one of the query times a part of the page's largest step, its spread; see `codes.py`.
 """
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from ..selectors import TopK
 from .candidates import Candidates
+from .codes import MOST_UNITS, SPREADS, Codes, block_size, span, turn
 from .scores import scale_to_scores
 
 LEAST_QUERY = 2.0**-40
@@ -37,19 +42,55 @@ def page_reaches(candidates: Candidates, widths: float | Tensor = 1.0) -> Tensor
     widths: half-widths above the center that count, in the Euclidean norm; one number, or one for
         each head, [B, kv_heads, group, 1].
     """
+    return _page_heights(candidates) + widths * page_spreads(candidates)
+
+
+def _page_heights(candidates: Candidates) -> Tensor:
+    """Scores z [B, kv_heads, group, P] of the pages' centers, or the largest of their rounded
+    keys."""
     query, slopes = scaled_queries(candidates)
-    center = query @ candidates.statistics[0].mT
-    return center + widths * page_spreads(candidates) + _most_favourable(candidates, slopes)
+    if candidates.codes is not None:
+        return _rounded_scores(candidates, candidates.codes, slopes).amax(-1)
+    assert candidates.statistics is not None
+    return query @ candidates.statistics[0].mT + _most_favourable(candidates, slopes)
+
+
+def _rounded_scores(candidates: Candidates, codes: Codes, slopes: Tensor | None) -> Tensor:
+    """Scores z [B, kv_heads, group, P, page_size] of the rounded keys, ALiBi included."""
+    query, page_size = candidates.query, candidates.page_size
+    head_size = query.shape[-1]
+    whole, least = turn(query, query.abs().amax(-1, keepdim=True))
+    # As compiled kernels multiply it.
+    turned = whole * (least * block_size(head_size) ** -0.5)
+    turned = turned.to(candidates.query_dtype).to(query.dtype)
+    scores = turned @ (codes.levels - 1.5).flatten(-3, -2).mT
+    step = codes.units * (codes.scales[..., 1:2] / span(head_size))
+    scores = scores.unflatten(-1, (-1, page_size)) * step[:, :, None]
+    center = query @ (codes.center * codes.scales[..., :1]).mT
+    scores = (scores + center[..., None]) * _factor(candidates)[..., None]
+    if slopes is not None:
+        position = torch.arange(candidates.ranked.shape[1] * page_size, device=slopes.device)
+        relative = (position - (candidates.seq_lens[:, None] - 1)).unflatten(-1, (-1, page_size))
+        scores = scores + slopes[..., None] * relative[:, None, None]
+    return scores
 
 
 def page_spreads(candidates: Candidates) -> Tensor:
-    """Norms [B, kv_heads, group, P] of the queries, scaled, times the half-widths."""
-    query, half_width, factor = candidates.query, candidates.statistics[1], _factor(candidates)
-    if (unit := candidates.half_scales) is None:
+    """Norms [B, kv_heads, group, P] of the queries, scaled, times the half-widths; with codes,
+    times the spreads."""
+    query, factor, unit = candidates.query, _factor(candidates), candidates.half_scales
+    if candidates.codes is not None:
+        assert unit is not None
+        spread = unit.mT * (MOST_UNITS / SPREADS / span(query.shape[-1]))
+        return query.norm(dim=-1, keepdim=True) * spread * factor
+    assert candidates.statistics is not None
+    half_width = candidates.statistics[1]
+    if unit is None:
         return (query.square() @ half_width.square().mT).sqrt() * factor
     # As compiled kernels multiply them: squares of 16 bits are off by at most 0.2%.
+    dtype = torch.bfloat16 if candidates.query_dtype.itemsize == 2 else query.dtype
     whole = (half_width / unit).round()
-    squares = [x.square().to(candidates.square_dtype).to(query.dtype) for x in (query, whole)]
+    squares = [x.square().to(dtype).to(query.dtype) for x in (query, whole)]
     return (squares[0] @ squares[1].mT).sqrt() * unit.mT * factor
 
 
@@ -63,8 +104,9 @@ def _factor(candidates: Candidates) -> Tensor:
 def quest_bounds(candidates: Candidates) -> Tensor:
     """Upper bound [B, kv_heads, group, P] of the scores z in each page.
 
-    ALiBi counts at the page's most favourable position.
+    ALiBi counts at the page's most favourable position. Of boxes only.
     """
+    assert candidates.statistics is not None
     center, half_width = candidates.statistics
     query, slopes = scaled_queries(candidates)
     spread = query.abs() @ half_width.mT
@@ -82,12 +124,9 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
 
 
 def radius_bounds(candidates: Candidates) -> Tensor:
-    """The same by the radii of the pages."""
+    """Upper bound [B, kv_heads, group, P] of the scores z in each page, by their radii."""
     assert candidates.radius is not None
-    query, slopes = scaled_queries(candidates)
-    center = query @ candidates.statistics[0].mT
-    spread = page_spreads(candidates) * candidates.radius.mT
-    return center + spread + _most_favourable(candidates, slopes)
+    return page_reaches(candidates, candidates.radius.mT)
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:
@@ -98,9 +137,14 @@ def sound_bounds(candidates: Candidates) -> Tensor:
     above that of the query's times the largest that a key of the sequence can have. What squares
     and their sum lose is in the radius.
     """
-    center, half_width = candidates.statistics
     query, slopes = scaled_queries(candidates)
-    largest = center.abs().amax(-1) + half_width.amax(-1)  # [B, kv_heads, P]
+    if candidates.codes is not None:
+        scales = candidates.codes.scales
+        largest = MOST_UNITS * (scales[..., 0] + scales[..., 1])  # [B, kv_heads, P]
+    else:
+        assert candidates.statistics is not None
+        center, half_width = candidates.statistics
+        largest = center.abs().amax(-1) + half_width.amax(-1)
     pages = torch.arange(largest.shape[-1], device=query.device)
     last = candidates.ranked.sum(-1)[:, None, None]
     largest = largest.masked_fill(pages > last, 0)

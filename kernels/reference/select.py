@@ -13,6 +13,7 @@ from ..pages import PagedCache
 from ..selectors import Adaptive, Exact, Gaussian, Selector
 from .adaptive import adaptive_pages, possible_pages
 from .candidates import Candidates
+from .codes import unpack
 from .gaussian import gaussian_pages
 from .quest import quest_pages, sound_bounds
 from .scores import compute_dtype
@@ -65,14 +66,20 @@ def select_pages(
     if not sparse.any():
         return Selection(held, selected, sparse)
     dtype = compute_dtype(query.dtype)
-    chunk = max(1, CHUNK_ELEMENTS // (len(page) * cache.statistics[0].numel() + 1))
+    # Codes become a number for each channel of each token.
+    gathered = (cache.key if cache.layout.coded else cache.statistics)[0].numel()
+    chunk = max(1, CHUNK_ELEMENTS // (len(page) * gathered + 1))
     for rows in sparse.nonzero().squeeze(-1).split(chunk):
         ranked = page < page_count[rows, None] - 1  # every page but the last
         # Entries of the block table past the sequence are stale: read page 0 in their place.
         ids = block_table[rows, : len(page)].long().masked_fill(~held[rows], 0)
-        statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
-        half_scales = radius = None
-        if cache.layout.boxed:
+        statistics = half_scales = radius = codes = None
+        if cache.layout.coded:
+            kept, scales = (x[ids].transpose(1, 2) for x in (cache.statistics, cache.scales))
+            codes = unpack(kept, scales, page_size, dtype)
+        else:
+            statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
+        if cache.layout.bounded:
             half_scales, radius = (
                 cache.scales[ids, :, place].mT[..., None].to(dtype) for place in (1, 2)
             )
@@ -85,9 +92,10 @@ def select_pages(
             scale,
             alpha,
             alibi_slopes,
+            query.dtype,
             half_scales,
             radius,
-            torch.bfloat16 if query.dtype.itemsize == 2 else dtype,
+            codes,
         )
         if isinstance(selector, Gaussian):
             chosen = gaussian_pages(candidates, selector)

@@ -8,29 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pages import FP8, STATISTICS, PagedCache
-from ..reference.append import (
-    LARGEST,
-    MOST_STEPS,
-    RADIUS_WIDENED,
-    SMALLEST,
-    SQUARE_STEPS,
-    STD_FLOOR,
-    WIDENED,
-)
+from ..pages import CODES, FP8, STATISTICS, PagedCache
+from ..reference.append import STD_FLOOR
 from ..report import Counter
+from .boxes import box_around
+from .codes import code_keys
 from .launch import launch
 from .scores import allow_next, await_previous
 from .workspace import can_chain, power_of_two
 
 FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
 STD_MIN = tl.constexpr(STD_FLOOR)
-KEY_MAX = tl.constexpr(LARGEST)
-KEY_MIN = tl.constexpr(SMALLEST)
-WIDER = tl.constexpr(WIDENED)
-STEPS = tl.constexpr(SQUARE_STEPS)
-STEPS_MAX = tl.constexpr(MOST_STEPS)
-RADIUS_UNIT = tl.constexpr(RADIUS_WIDENED * SQUARE_STEPS**-0.5)
+MOMENTS = tl.constexpr(STATISTICS.index(("mean", "std")))
+CODED = tl.constexpr(STATISTICS.index(CODES))
 
 APPENDED_PAGES = tl.constexpr(int(Counter.APPENDED_PAGES))
 
@@ -48,62 +38,6 @@ def to_stored(b_rows, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def scale_of(b_x):
-    """What all of b_x is to be divided by; see `reference/append.py`."""
-    least = tl.max(tl.abs(b_x), 0) * (1 / 127)
-    return ((least.to(tl.int32, bitcast=True) + 0x100) & -0x80).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def mean_of(b_key, count, b_largest):
-    """Means of `count` keys, the others of b_key [P, DP] being 0; see `reference/append.py`."""
-    b_largest = tl.minimum(tl.maximum(b_largest, KEY_MIN), KEY_MAX)
-    b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
-    b_more = ((269 - b_exponent) << 23).to(tl.float32, bitcast=True)
-    b_less = ((b_exponent - 15) << 23).to(tl.float32, bitcast=True)
-    b_whole = tl.floor(b_key * b_more[None, :] + 0.5)
-    return tl.sum(b_whole, 0) * tl.div_rn(1.0, count) * b_less
-
-
-@triton.jit
-def box_around(b_key, m_key, count):
-    """Centers and half-widths [DP] of a box around the means of the `count` keys of b_key [P, DP]
-    that m_key [P, 1] names, which holds them, their scales and the radius; bit for bit those of the
-    reference."""
-    b_given, m_given = b_key, m_key
-    m_key &= b_key == b_key
-    b_key = tl.minimum(tl.maximum(b_key, -KEY_MAX), KEY_MAX)
-    b_low = tl.min(tl.where(m_key, b_key, float("inf")), 0)
-    b_high = tl.max(tl.where(m_key, b_key, -float("inf")), 0)
-    b_largest = tl.maximum(tl.abs(b_low), tl.abs(b_high))
-    b_mean = mean_of(tl.where(m_key, b_key, 0.0), count, b_largest)
-    center_scale = scale_of(b_mean)
-    b_center = tl.floor(tl.div_rn(b_mean, center_scale) + 0.5)
-    b_middle = b_center * center_scale
-    b_reach = tl.maximum(tl.maximum(b_high - b_middle, b_middle - b_low), 0.0) * WIDER
-    half_scale = scale_of(b_reach)
-    b_half = tl.ceil(tl.div_rn(b_reach, half_scale))
-    b_half = tl.maximum(b_half, (b_reach > 0.0).to(tl.float32))
-    radius = radius_of(b_given, m_given, b_middle, b_half * half_scale)
-    return b_center, b_half, center_scale, half_scale, radius
-
-
-@triton.jit
-def radius_of(b_key, m_key, b_center, b_half):
-    """How far the keys of b_key [P, DP] that m_key [P, 1] names lie off the center at most, in
-    half-widths; see `reference/append.py`."""
-    b_narrow = tl.div_rn(1.0, tl.where(b_half > 0.0, b_half, 1.0))
-    b_away = (b_key - b_center[None, :]) * b_narrow[None, :]
-    b_square = b_away * b_away * STEPS
-    # The device's ceil takes the smallest numbers for 0.
-    b_steps = tl.where(b_square > 0.0, tl.maximum(tl.ceil(b_square), 1.0), b_square)
-    b_steps = tl.sum(b_steps, 1, keep_dims=True)  # [P, 1]
-    b_steps = tl.where(b_steps <= STEPS_MAX, b_steps, float("inf"))
-    furthest = tl.max(tl.where(m_key, b_steps, 0.0))
-    return tl.sqrt_rn(furthest) * RADIUS_UNIT
-
-
-@triton.jit
 def store_statistics(
     p_statistics, p_scales, o_page, b_key, m_row, rows, o_d, D: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -111,20 +45,26 @@ def store_statistics(
     """Writes the statistics of the first `rows` keys of a page, b_key [P, DP], which m_row [P, 1]
     names; o_page is where the page has them, in elements of them."""
     count = rows.to(tl.float32)
-    if STATISTICS == 1:
+    p_first = p_statistics + o_page + o_d
+    if STATISTICS == CODED:
+        b_first, first_scale, second_scale, radius = code_keys(
+            p_statistics + o_page + D, b_key, m_row, count, D
+        )
+    elif STATISTICS == MOMENTS:
         b_first = tl.sum(tl.where(m_row, b_key, 0.0), 0) / count  # [DP]
         b_deviation = tl.where(m_row, b_key - b_first[None, :], 0.0)
         variance = tl.sum(b_deviation * b_deviation, 0) / count
         b_second = tl.maximum(tl.sqrt(variance), STD_MIN)
     else:
         b_first, b_second, first_scale, second_scale, radius = box_around(b_key, m_row, count)
+    if STATISTICS != MOMENTS:
         # Strides of the scales, of four bytes, are not given: the statistics are of one.
         tl.store(p_scales + o_page // 4, first_scale)
         tl.store(p_scales + o_page // 4 + 1, second_scale)
         tl.store(p_scales + o_page // 4 + 2, radius)
-    p_first = p_statistics + o_page + o_d
     tl.store(p_first, b_first.to(p_statistics.dtype.element_ty), mask=o_d < D)
-    tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
+    if STATISTICS != CODED:
+        tl.store(p_first + D, b_second.to(p_statistics.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit

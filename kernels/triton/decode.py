@@ -208,6 +208,7 @@ def step_shape(
         budget_of(selector, page_size, exact_below),
         certified and isinstance(selector, TopK | Adaptive),
         first_pages_of(selector, block_table.shape[1], page_size),
+        cache.layout.coded,
     )
 
 
@@ -233,6 +234,7 @@ def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
         "NT": power_of_two(shape.list_tiles),
         "LONG": shape.long_rows,
         "STEP": shape.page_step,
+        "CODES": shape.coded,
         "SPREAD": shape.first_pages > 0,
         "ROUNDED": shape.certified or isinstance(selector, Exact),
     }
@@ -254,8 +256,8 @@ def _list_pages(
     # One more says what rounding can do.
     boxes = (shape.page_splits + int(arguments["ROUNDED"]), *rows[1:])
     tiles = (shape.list_tiles, *rows[1:])
-    # Registers of which there are enough for four programs on a multiprocessor.
-    most = {"maxnreg": 128} if shape.certified else {}
+    # Registers of which there are enough for four programs on a multiprocessor, or three.
+    most = {"maxnreg": 168 if shape.coded else 128} if shape.certified or shape.coded else {}
     if isinstance(selector, TopK):
         _chain(box_kernel, boxes, arguments, **most)
         if shape.long_rows:

@@ -51,6 +51,16 @@ def load_statistics(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
 
 
 @triton.jit
+def load_center(p_statistics, b_page, o_d, s_page, D: tl.constexpr):
+    """The first of them alone."""
+    p_s = p_statistics + (b_page.to(tl.int64) * s_page)[:, None] + o_d[None, :]
+    if o_d.shape[0] == D:
+        return tl.load(p_s)
+    else:
+        return tl.load(p_s, mask=(o_d < D)[None, :], other=0)
+
+
+@triton.jit
 def count_bits(b_word, CHAINED: tl.constexpr):
     """How many bits of a word are set; by one instruction on GPUs that chain launches."""
     if CHAINED:

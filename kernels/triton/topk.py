@@ -1,4 +1,5 @@
-"""How high the scores of pages reach, by boxes around their keys; `topk` ranks pages by it."""
+"""How high the scores of pages reach, by boxes around their keys or by codes; `topk` ranks pages by
+it."""
 
 # Arguments of Triton kernels have no Python types.
 # mypy: allow-untyped-defs
@@ -7,8 +8,9 @@ import triton
 import triton.language as tl
 
 from ..reference.quest import LEAST_QUERY
+from .codes import SPREAD_UNITS, highest_of_codes, span, turn_queries
 from .nearest_long import SAMPLED
-from .pages import INTERPRETED, load_statistics, ranked_pages
+from .pages import INTERPRETED, load_center, load_statistics, ranked_pages
 from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
 
 QUERY_MIN = tl.constexpr(LEAST_QUERY)
@@ -150,8 +152,9 @@ def box_kernel(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
-    STEP: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr, CERTIFY: tl.constexpr,
-    APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr, STAGES: tl.constexpr,
+    STEP: tl.constexpr, CODES: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr,
+    CERTIFY: tl.constexpr, APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
@@ -159,6 +162,7 @@ def box_kernel(
     p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
     [rows, PS, GW, 2], of which the second is the negated least.
 
+    CODES: by codes of the keys, in place of boxes.
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
     ROUNDED: also how much that can be, for each head p_rounding, by a program of its own after the
@@ -193,6 +197,10 @@ def box_kernel(
         if CERTIFY:
             tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
         return
+    if CODES:
+        b_0, b_1, b_2, b_3, b_sum, b_norm = turn_queries(
+            p_query, i_b, i_h, o_g, s_query_b, s_query_h, G, D, DP // 4
+        )
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
@@ -205,15 +213,25 @@ def box_kernel(
         o_page = i_p + o_p
         b_page = b_next
         b_next = tl.load(p_table + o_page + PS * BP, mask=o_page + PS * BP < ranked, other=0)
-        b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
         b_center_scale, b_half_scale, b_radius = load_box_scales(p_scale, b_page, s_page)
+        if CODES:
+            b_center = load_center(p_stat, b_page, o_d, s_page, D)
+            b_most = highest_of_codes(
+                p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_sum, b_half_scale, b_scale, b_slope,
+                n, s_page, D, P, ALIBI,
+            )  # fmt: skip
+            b_spread = b_norm[None, :] * (b_half_scale * (SPREAD_UNITS / span(D)))[:, None]
+        else:
+            b_center, b_half = load_statistics(p_stat, b_page, o_d, s_page, D)
+            b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
+            if ALIBI:
+                o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]
+                b_last = b_slope[None, :] * (o_first + P - 1)
+                b_most = tl.maximum(b_slope[None, :] * o_first, b_last)
         b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
         b_center *= b_center_scale[:, None]
-        b_spread = tl.sqrt(sum_squares(b_half, b_q)) * b_half_scale[:, None]
         b_reach = (b_center + b_spread) * b_scale[None, :]  # [BP, GP]
-        if ALIBI:
-            o_first = (o_page * P - (n - 1)).to(tl.float32)[:, None]
-            b_most = tl.maximum(b_slope[None, :] * o_first, b_slope[None, :] * (o_first + P - 1))
+        if ALIBI or CODES:
             b_reach += b_most
         m_page = (o_page < ranked)[:, None]
         if ROUNDED:
@@ -224,7 +242,7 @@ def box_kernel(
         m_own = m_g[None, :] & m_page
         if CERTIFY:
             b_bound = (b_center + b_radius[:, None] * b_spread) * b_scale[None, :]
-            if ALIBI:
+            if ALIBI or CODES:
                 b_bound += b_most
             o_bound = o_g[None, :] * page_stride + o_page[:, None]
             store_held(p_b + o_bound, b_bound, m_own)

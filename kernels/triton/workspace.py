@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from ..pages import CODES
 from ..reference.adaptive import FIRST_SHARE, most_first
 from ..selectors import Adaptive, Exact, Gaussian, Selector, TopK
 from .attend_short import WHOLE
@@ -107,6 +108,7 @@ class Shape:
     budget: tokens that are read at most; None if there is no bound.
     certified: whether bounds of the pages' scores are kept.
     first_pages: pages that a query head has read first at most, for a threshold.
+    coded: whether pages are ranked by codes of their keys.
     """
 
     batch: int
@@ -121,6 +123,7 @@ class Shape:
     budget: int | None = None
     certified: bool = False
     first_pages: int = 0
+    coded: bool = False
 
     @cached_property
     def listed(self) -> bool:
@@ -168,7 +171,9 @@ class Shape:
     @cached_property
     def page_tile(self) -> int:
         """Pages whose statistics are scored together: 32 KiB of them where they are multiplied, at
-        most 64 pages."""
+        most 64 pages; fewer with codes, which are multiplied token by token."""
+        if self.coded:
+            return 16
         return max(16, min(64, (1 << 14) // self.row_size))
 
     @cached_property
@@ -193,7 +198,7 @@ class Shape:
     @cached_property
     def page_splits(self) -> int:
         """The same for the scores of pages."""
-        return min(self._programs(4), -(-self.max_pages // self.page_tile))
+        return min(self._programs(3 if self.coded else 4), -(-self.max_pages // self.page_tile))
 
     def _programs(self, per_processor: int) -> int:
         programs = per_processor * self.processors // (self.planned_batch * self.kv_heads)
@@ -523,7 +528,8 @@ def decode_workspace_size(
         shape = Shape(rows, *heads, dtype, max_tokens, chip, selector.name)
         bounded = certificate and isinstance(selector, TopK | Adaptive)
         first = first_pages_of(selector, shape.max_pages, page_size)
-        shape = replace(shape, certified=bounded, first_pages=first)
+        coded = selector.statistics == CODES
+        shape = replace(shape, certified=bounded, first_pages=first, coded=coded)
         good = shape.good_size if most is None else min(shape.good_size, most)
         budgeted = replace(shape, budget=budget_of(selector, page_size, exact_below))
         size = max(size, good, shape.least_size, budgeted.good_size if budgeted.budget else 0)

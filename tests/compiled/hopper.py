@@ -24,7 +24,7 @@ from entmaxkv_kernels import (
     allocate_pages,
     split_pages,
 )
-from entmaxkv_kernels.pages import FP8
+from entmaxkv_kernels.pages import BOX, CODES, FP8
 from entmaxkv_kernels.triton import append, decode, prefill
 from entmaxkv_kernels.triton.launch import compile_ahead
 
@@ -175,13 +175,18 @@ def take_steps() -> None:
     decode_step(Gaussian(), 8192, certificate=certificate)
     decode_step(Gaussian(), 8192)
     decode_step(Adaptive(), 1 << 17, exact_rows=exact_rows, certificate=certificate)
+    decode_step(TopK(512, codes=True), 8192, FP8, certificate=certificate, appends=True)
+    decode_step(TopK(16384, codes=True), 1 << 18, alibi_slopes=slopes)
+    decode_step(Adaptive(codes=True), 1 << 17, certificate=certificate)
+    decode_step(Exact(prune=True, codes=True), 8192)
     decode_step(Adaptive(reach=1.75), 8192, alibi_slopes=slopes, alpha=entmax)
     decode_step(Exact(prune=True), 1 << 20, FP8, alibi_slopes=slopes, certificate=certificate)
     prefill_step(1.5)
     prefill_step(mixed)
     prefill_step(1.5, FP8)
     append_step(Gaussian.statistics, torch.bfloat16)
-    append_step(TopK.statistics, FP8)
+    append_step(BOX, FP8)
+    append_step(CODES, FP8)
     append_step((), torch.bfloat16)
 
 

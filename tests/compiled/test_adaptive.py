@@ -5,21 +5,25 @@ import torch
 from reference.scene import make_fp8_scene
 
 from entmaxkv_kernels import Adaptive, Counter, Exact
-from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.triton import decode_workspace_size, workspace
 
 from .device import DEVICE, DTYPES, Step
 from .test_sparse import RAGGED, check, sparse_scene
 
 PRUNE = Exact(prune=True, first_pages=4)
+BY_CODES = Exact(prune=True, first_pages=4, codes=True)
+prunes = pytest.mark.parametrize(
+    "selector", [PRUNE, BY_CODES], ids=lambda selector: f"by-{selector.statistics[-1]}"
+)
 SLOPES = torch.tensor([0.5, 0.0, 0.05, 0.004])
 MIXED = torch.tensor([1.25, 1.5, 2.0, 4 / 3], dtype=torch.float64)
 
 
 def check_pruned(scene, **options):
     """The pages, and the output of whoever reads all of them."""
-    pages = check(PRUNE, scene, **options)
-    step = Step(scene, PRUNE, certify=True, **options)
+    selector = BY_CODES if scene.cache.layout.coded else PRUNE
+    pages = check(selector, scene, **options)
+    step = Step(scene, selector, certify=True, **options)
     exact = Step(scene, Exact(), **options).run()
     out = step.run()
     tolerance = {torch.float32: 2e-5}.get(out.dtype, 8 * torch.finfo(out.dtype).eps)
@@ -108,8 +112,9 @@ def test_distance_prunes_independent_keys():
     assert pages[0].sum(-1).max() < 35
 
 
-def test_an_isolated_needle_is_never_pruned():
-    scene = sparse_scene(PRUNE, [1100], coherence=0.98, spread=2.0)
+@prunes
+def test_an_isolated_needle_is_never_pruned(selector):
+    scene = sparse_scene(selector, [1100], coherence=0.98, spread=2.0)
     query = scene.last_queries[0]
     for head, position in enumerate((37, 480, 801, 1003)):
         key = scene.key[0][position, head // 2]
@@ -121,29 +126,34 @@ def test_an_isolated_needle_is_never_pruned():
     assert not pages.all()
 
 
-def test_heads_have_their_own_alpha_and_slope():
-    check_pruned(sparse_scene(PRUNE, coherence=0.99), alpha=MIXED, alibi_slopes=SLOPES)
+@prunes
+def test_heads_have_their_own_alpha_and_slope(selector):
+    check_pruned(sparse_scene(selector, coherence=0.99), alpha=MIXED, alibi_slopes=SLOPES)
 
 
+@prunes
 @pytest.mark.parametrize(
     "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
 )
-def test_every_shape_of_heads_and_pages_prunes(kv_heads, group, head_size, page_size):
+def test_every_shape_of_heads_and_pages_prunes(selector, kv_heads, group, head_size, page_size):
     lengths = [0, page_size - 1, 9 * page_size, 700]
     shape = {"kv_heads": kv_heads, "group": group, "head_size": head_size, "page_size": page_size}
-    check_pruned(sparse_scene(PRUNE, lengths, coherence=0.99, **shape))
+    check_pruned(sparse_scene(selector, lengths, coherence=0.99, **shape))
 
 
-def test_an_fp8_cache_prunes():
+@prunes
+def test_an_fp8_cache_prunes(selector):
     scales = {"key_scale": 0.25, "value_scale": 2.0}
-    options = {"dtype": torch.float16, "statistics": BOX, "coherence": 0.999, "spread": 4.0}
+    options = {"dtype": torch.float16, "coherence": 0.999, "spread": 4.0}
+    options["statistics"] = selector.statistics
     scene = make_fp8_scene([17, 500], **scales, **options)
     assert not check_pruned(scene, scale=scene.scale * scales["key_scale"])[1].all()
 
 
-def test_some_sequences_are_read_whole():
+@prunes
+def test_some_sequences_are_read_whole(selector):
     exact_rows = torch.tensor([False, False, True, False, True, False])
-    scene = sparse_scene(PRUNE, coherence=0.99)
+    scene = sparse_scene(selector, coherence=0.99)
     pages = check_pruned(scene, exact_rows=exact_rows, exact_below=16)
     assert pages[4, :, :32].all() and not pages[5, :, :19].all()
 
@@ -154,7 +164,7 @@ def test_a_window_is_read_whole():
     assert step.counters[Counter.PAGES_READ] == step.counters[Counter.PAGES_HELD]
 
 
-@pytest.mark.parametrize("selector", [PRUNE, Adaptive(first_pages=4)], ids=lambda s: s.name)
+@pytest.mark.parametrize("selector", [PRUNE, Adaptive(first_pages=4), BY_CODES], ids=str)
 def test_the_least_workspace_is_enough_and_two_runs_give_the_same_bits(selector):
     scene = sparse_scene(selector, [600, 300], kv_heads=1, group=2, coherence=0.98)
     step = Step(scene, selector)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from reference.scene import make_scene
 from reference.test_append import KINDS, keys_to_bound
+from reference.test_codes import KINDS as CODED_KINDS
+from reference.test_codes import keys_to_code
 
 from entmaxkv_kernels import Counter, PageLayout, allocate_pages, reference, split_pages
-from entmaxkv_kernels.pages import BOX
+from entmaxkv_kernels.pages import BOX, CODES
 from entmaxkv_kernels.triton.append import append
 
 from .device import DEVICE, DTYPES, on_device
 
-STATISTICS = [(), ("mean", "std"), ("center", "half_width")]
+STATISTICS = [(), ("mean", "std"), BOX, CODES]
 
 
 def append_to_both(scene, cache, key, value, slots):
@@ -31,7 +33,7 @@ def assert_same(scene, cache):
     expected, actual = scene.cache, PagedCacheOnHost(cache)
     assert torch.equal(expected.key.nan_to_num(7e3), actual.key)
     assert torch.equal(expected.value.nan_to_num(7e3), actual.value)
-    tolerance = 0.0 if cache.layout.boxed else torch.finfo(cache.key.dtype).eps
+    tolerance = 0.0 if cache.layout.bounded else torch.finfo(cache.key.dtype).eps
     torch.testing.assert_close(
         actual.statistics, expected.statistics.nan_to_num(7e3), rtol=tolerance, atol=1e-6
     )
@@ -87,6 +89,26 @@ def test_boxes_are_those_of_the_reference_whatever_the_keys_are(kind, dtype):
         if kind not in KINDS:
             key[3, 0, 7], key[4, 1, 8], key[:, 2, 9] = torch.inf, -torch.inf, torch.nan
         slots = 16 * page + torch.arange(16)
+        reference.append(expected, key, key, slots)
+        append(actual, key.to(DEVICE), key.to(DEVICE), slots.to(DEVICE))
+    assert torch.equal(actual.scales.cpu(), expected.scales)
+    assert torch.equal(actual.statistics.cpu(), expected.statistics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("kind", [*CODED_KINDS, "infinite and no number"])
+def test_codes_are_those_of_the_reference_whatever_the_keys_are(kind, head_size, dtype):
+    random = torch.Generator().manual_seed(7)
+    layout = PageLayout(16, head_size, CODES)
+    expected = split_pages(allocate_pages(4, 4, layout, dtype), layout)
+    actual = split_pages(allocate_pages(4, 4, layout, dtype, DEVICE), layout)
+    for page, rows in enumerate((16, 16, 7, 1)):
+        key = keys_to_code(kind if kind in CODED_KINDS else "normal", head_size, random)
+        key = key[:rows].to(dtype)
+        if kind not in CODED_KINDS:
+            key[0, 0, 7], key[-1, 1, 8], key[:, 2, 9] = torch.inf, -torch.inf, torch.nan
+        slots = 16 * page + torch.arange(rows)
         reference.append(expected, key, key, slots)
         append(actual, key.to(DEVICE), key.to(DEVICE), slots.to(DEVICE))
     assert torch.equal(actual.scales.cpu(), expected.scales)

@@ -20,7 +20,7 @@ from entmaxkv_kernels import (
     decode,
     split_pages,
 )
-from entmaxkv_kernels.pages import BOX
+from entmaxkv_kernels.pages import BOX, CODES
 from entmaxkv_kernels.reference.entmax import solve_entmax
 from entmaxkv_kernels.triton import decode_workspace_size, workspace
 
@@ -45,10 +45,13 @@ def path(request, monkeypatch):
         monkeypatch.setattr(workspace, name, value)
 
 
-def tight_scene(lengths=RAGGED, **options):
+codes = pytest.mark.parametrize("codes", [False, True], ids=["by boxes", "by codes"])
+
+
+def tight_scene(lengths=RAGGED, codes=False, **options):
     """Pages of keys that resemble each other, of which some heads prove something."""
     options = {"coherence": 0.999, "spread": 1.2, "dtype": torch.float32} | options
-    return make_scene(lengths, statistics=BOX, **options)
+    return make_scene(lengths, statistics=CODES if codes else BOX, **options)
 
 
 def check(scene, selector, workspace_size=None, **options):
@@ -107,18 +110,23 @@ def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, pa
     assert ((found > 0) & (found < 1)).any()
 
 
-def test_heads_have_their_own_alpha_and_slope(path):
-    found = check(tight_scene([500, 300]), TopK(64), alpha=MIXED, alibi_slopes=SLOPES)
+@codes
+def test_heads_have_their_own_alpha_and_slope(path, codes):
+    found = check(tight_scene([500, 300], codes), TopK(64, codes), alpha=MIXED, alibi_slopes=SLOPES)
     assert (found < 1).any()
 
 
+@codes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
 )
-def test_every_shape_of_heads_and_pages_is_served(kv_heads, group, head_size, page_size, dtype):
+def test_every_shape_of_heads_and_pages_is_served(
+    kv_heads, group, head_size, page_size, dtype, codes
+):
     shape = {"kv_heads": kv_heads, "group": group, "head_size": head_size, "page_size": page_size}
-    check(tight_scene([page_size - 1, 700], dtype=dtype, **shape), TopK(2 * page_size))
+    scene = tight_scene([page_size - 1, 700], codes, dtype=dtype, **shape)
+    check(scene, TopK(2 * page_size, codes))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,11 @@ def test_every_shape_of_heads_and_pages_is_served(dtype, kv_heads, group, head_s
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.0], ids="alpha {}".format)
-@pytest.mark.parametrize("selector", [TopK(64), Gaussian()], ids=lambda selector: selector.name)
+@pytest.mark.parametrize(
+    "selector",
+    [TopK(64), Gaussian(), TopK(64, codes=True)],
+    ids=lambda selector: f"{selector.name}-by-{selector.statistics[-1]}",
+)
 @dtypes
 def test_sparse_decode_reads_the_pages_of_the_reference(dtype, selector, alpha):
     if alpha == 1 and isinstance(selector, Gaussian):

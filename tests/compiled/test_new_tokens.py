@@ -25,7 +25,7 @@ from .device import DEVICE
 
 PAGE = 16
 ON_GPU = DEVICE == "cuda"
-KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 16)
+KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 64)
 SHARED = ("key_scale", "value_scale", "counters", "implementation")
 """What append and decode are both given."""
 STEPS, REPLAYS = (8, 25) if ON_GPU else (2, 1)
@@ -45,6 +45,10 @@ CASES = {
     "exact, pages of 32": (Exact(), SHORT, 256, {"page": 32}),
     "pages of 32": (TopK(64), SHORT, 256, {"page": 32, "certify": True}),
     "fp8": (TopK(64), SHORT, 256, {"certify": True, "key_scale": 0.3, "value_scale": 7.0}),
+    "by codes": (TopK(64, codes=True), SHORT, 256, {"exact_below": 32, "certify": True}),
+    "by codes, fp8": (TopK(64, codes=True), SHORT, 256, {"key_scale": 0.3, "value_scale": 7.0}),
+    "by codes, pages of 32": (TopK(64, codes=True), SHORT, 256, {"page": 32}),
+    "by codes, from a long table": (TopK(2048, codes=True), [40001, 40000, 97], 40016, {}),
     "chosen by launches": (TopK(4096), [70001, 70000, 131, 33000], 131072, {"certify": True}),
     "chosen from a long table": (TopK(2048), [40001, 40000, 97, 2049], 40016, {}),
     "guessed from a list": (TopK(66000), [80001, 80000, 97], 131072, {}),

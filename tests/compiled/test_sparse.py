@@ -21,8 +21,14 @@ dtypes_and_alphas = pytest.mark.parametrize(
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 selectors = pytest.mark.parametrize(
     "selector",
-    [TopK(64), Gaussian(), Adaptive(reach=1.0, first_pages=4, guard=0)],
-    ids=lambda selector: selector.name,
+    [
+        TopK(64),
+        Gaussian(),
+        Adaptive(reach=1.0, first_pages=4, guard=0),
+        TopK(64, codes=True),
+        Adaptive(reach=1.0, first_pages=4, codes=True),
+    ],
+    ids=lambda selector: f"{selector.name}-by-{selector.statistics[-1]}",
 )
 
 

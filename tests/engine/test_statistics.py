@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from entmaxkv_kernels import Counter
-from entmaxkv_kernels.reference.append import box_around
+from entmaxkv_kernels.reference.boxes import box_around
 from entmaxkv_vllm.metrics import EntmaxKVCollector
 from entmaxkv_vllm.retrieval import haystack_window, needle_prompt
 from entmaxkv_vllm.telemetry import engine_counters, read_counters
@@ -96,7 +96,7 @@ def compare(pages, rows) -> int:
 
 def compare_pages(pages, ids, rows) -> None:
     """Statistics of pages [pages] are those of their keys [pages, kv_heads, rows, D]."""
-    if pages.layout.boxed:
+    if pages.layout.bounded:
         statistics, scales = box_around(rows, torch.ones(rows.shape[-2], 1, dtype=torch.bool))
         assert torch.equal(pages.statistics[ids].float(), statistics.float())
         assert torch.equal(pages.scales[ids], scales)

@@ -45,4 +45,5 @@ def golden_candidates(statistics=("mean", "std"), alpha=ALPHA, alibi_slopes=None
         scale=SCALE,
         alpha=alpha,
         alibi_slopes=alibi_slopes,
+        query_dtype=torch.float64,
     )

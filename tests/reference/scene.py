@@ -153,7 +153,7 @@ def make_fp8_scene(
     raw = allocate_pages(kv_heads, num_pages, layout).fill_(torch.nan).transpose(0, 1)
     scene.cache = split_pages(raw, layout)
     # The bytes of several fp8 NaN are no wider NaN.
-    (scene.cache.scales if layout.boxed else scene.cache.statistics).fill_(torch.nan)
+    (scene.cache.scales if layout.bounded else scene.cache.statistics).fill_(torch.nan)
     slots = [scene.slots(b, 0, n) for b, n in enumerate(lengths)]
     inputs = torch.cat(scene.key), torch.cat(scene.value), torch.cat(slots)
     append(scene.cache, *inputs, key_scale=key_scale, value_scale=value_scale)

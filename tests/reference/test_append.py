@@ -56,7 +56,7 @@ def assert_radius(kept, radius, key):
 def assert_page(cache, page, key, tolerance=1e-12):
     """The page's statistics are those of its own keys [tokens, kv_heads, head_size]."""
     kept = cache.read_statistics(page, torch.float64)
-    if cache.layout.boxed:
+    if cache.layout.bounded:
         assert_box(kept, key)
         assert_radius(kept, cache.scales[page, :, 2].reshape(-1), key)
     else:

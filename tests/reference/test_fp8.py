@@ -74,7 +74,7 @@ def test_what_is_out_of_range_is_saturated_and_what_is_no_number_stays_none():
 @dtypes
 def test_statistics_are_those_of_the_stored_numbers_rounded_once(statistics, dtype):
     scene = make_fp8_scene(RAGGED, statistics=statistics, dtype=dtype, **SCALES)
-    boxed = scene.cache.layout.boxed
+    boxed = scene.cache.layout.bounded
     assert scene.cache.statistics.dtype == (torch.int8 if boxed else torch.bfloat16)
     for b, length in enumerate(RAGGED):
         for page in range(-(-length // 16)):

@@ -200,6 +200,7 @@ def candidates_of(scene, alpha, alibi_slopes=None):
         scale=scene.scale,
         alpha=alpha,
         alibi_slopes=alibi_slopes,
+        query_dtype=torch.float64,
     )
 
 

@@ -115,7 +115,7 @@ def boxed_pages(key, query, dtype):
         alibi_slopes=None,
         half_scales=scales[1],
         radius=scales[2],
-        square_dtype=torch.bfloat16 if key.dtype.itemsize == 2 else dtype,
+        query_dtype=key.dtype if key.dtype.itemsize == 2 else dtype,
     )
 
 

@@ -1,0 +1,160 @@
+"""Two bits of every channel of every key: page statistics that tell the keys of a page apart.
+
+A page has the mean of its keys, in 8-bit numbers, and what is left of each key: rotated, so that
+its channels are alike whatever the keys are, and rounded to one of four levels, -1.5, -0.5, 0.5 and
+1.5 steps of the key's own. Scores of the rounded keys are nearly those of the keys; how far a key
+lies off its rounded one at most bounds the difference, by the inequality of Cauchy and Schwarz.
+
+The rotation is a Hadamard matrix over groups of channels, signs and nothing else but for a factor.
+What is left of a key is rounded to whole numbers of 16 bits first. So sums are of whole numbers,
+exact in fp32 in whatever order, and compiled kernels find the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .boxes import LARGEST, RADIUS_WIDENED, SMALLEST, rounded_mean
+
+MOST_UNITS = 127
+"""The steps of the keys of a page are so many units at most."""
+
+STEP_OF_MEAN = 1.248
+"""The best step for normal numbers, in means of their magnitudes."""
+
+SPREADS = 4
+"""A page's largest step is so many spreads, which are about what rounding moves scores by."""
+
+ERROR_STEPS = 2.0**8
+"""Parts of 1 in which the squares of errors, in steps, are added up: their sum is exact in fp32,
+because no error is longer than the sum of magnitudes, which are a step in the mean or less."""
+
+
+class Codes(NamedTuple):
+    """What pages [...] hold of their keys.
+
+    center: [..., head_size] whole numbers within 127
+    levels: [..., page_size, head_size] whole numbers from 0 to 3
+    units: [..., page_size] whole numbers from 1 to 127, what each key's step is
+    scales: [..., 3] fp32, of the centers, of `span` units, and the radius: how far keys lie off the
+        rounded ones at most, in spreads, as a Euclidean norm
+    """
+
+    center: Tensor
+    levels: Tensor
+    units: Tensor
+    scales: Tensor
+
+    def packed(self) -> Tensor:
+        """But for the scales, as a page holds them, [..., 1, bytes] int8.
+
+        Four channels side by side are a byte, the first in its lowest bits.
+        """
+        four = self.levels.to(torch.uint8).unflatten(-1, (-1, 4))
+        byte = four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+        parts = self.center, byte.view(torch.int8).flatten(-2), self.units
+        return torch.cat([part.to(torch.int8) for part in parts], -1)[..., None, :]
+
+
+def unpack(statistics: Tensor, scales: Tensor, page_size: int, dtype: torch.dtype) -> Codes:
+    """Codes of that dtype, of pages that hold statistics [..., 1, bytes] and scales [..., 3]."""
+    head_size = (statistics.shape[-1] - page_size) * 4 // (page_size + 4)
+    sizes = head_size, page_size * head_size // 4, page_size
+    center, byte, units = statistics[..., 0, :].split(sizes, -1)
+    byte = byte.view(torch.uint8).unflatten(-1, (page_size, -1))
+    levels = torch.stack([byte >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
+    return Codes(*(x.to(dtype) for x in (center, levels, units, scales)))
+
+
+def block_size(head_size: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides their number."""
+    return head_size & -head_size
+
+
+def span(head_size: int) -> int:
+    """Units that are kept as one number, a power of two: in what is left of a key, unrotated, no
+    channel is larger than 127 times that, which is above `span` steps.
+
+    A channel is at most the sum of the magnitudes of its block, times block_size ** -0.5, and they
+    are less than a step in the mean.
+    """
+    # Compiled kernels call this, which must not call another function then.
+    block, power = head_size & -head_size, 1
+    while power < head_size * block**-0.5:
+        power *= 2
+    return power
+
+
+def rotation(head_size: int, like: Tensor) -> Tensor:
+    """Signs [head_size, head_size], symmetric, and 0 between blocks; with the factor
+    block_size ** -0.5 a rotation, which is its own inverse."""
+    channel, block = torch.arange(head_size, device=like.device), block_size(head_size)
+    common = channel[:, None] & channel & (block - 1)
+    signs = torch.ones_like(common)
+    for bit in range(block.bit_length() - 1):
+        signs *= 1 - 2 * (common >> bit & 1)
+    return (signs * (channel[:, None] // block == channel // block)).to(like.dtype)
+
+
+def turn(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., head_size], of no channel larger than `largest`, rotated, but for the factor,
+    as whole numbers of 16 bits, and what one is."""
+    exponent = largest.clamp_min(SMALLEST).float().view(torch.int32) >> 23
+    # Powers of two, by their bits: what numbers are multiplied by, and its reciprocal.
+    more, least = (
+        (e << 23).view(torch.float32).to(x.dtype) for e in (268 - exponent, exponent - 14)
+    )
+    return (x * more + 0.5).floor() @ rotation(x.shape[-1], x), least
+
+
+def codes_of(key: Tensor, valid: Tensor) -> Codes:
+    """Of the keys [..., rows, head_size] that are valid [..., rows, 1]; others count as the mean.
+
+    A NaN counts as 0 in the mean, and then as the mean. The radius is infinite if a key is not
+    finite.
+    """
+    head_size, dtype = key.shape[-1], key.dtype
+    finite = ((key.abs() < torch.inf) | ~valid).flatten(-2).all(-1, keepdim=True)
+    number = valid & ~key.isnan()
+    key = key.clamp(-LARGEST, LARGEST).masked_fill(~number, 0)
+    count = valid.sum(-2).to(dtype)
+    center, center_scale = rounded_mean(key, count, key.abs().amax(-2))
+    rest = (key - (center * center_scale)[..., None, :]).masked_fill(~number, 0)
+    turned, least = turn(rest, rest.abs().amax((-2, -1), keepdim=True))
+
+    # Of parts of 256, the sum stays below 2 ** 24.
+    total = (turned.abs() * 2.0**-8 + 0.5).floor().sum(-1)
+    most = total.amax(-1, keepdim=True)
+    units = (total * MOST_UNITS * (1 / most.clamp_min(1))).ceil().clamp(1, MOST_UNITS)
+    unit = (most * (STEP_OF_MEAN * 2**8 / MOST_UNITS / head_size)).float()
+    # Of 15 significant bits: its products with units and levels are exact.
+    unit = (unit.view(torch.int32) & -0x200).view(torch.float32).to(dtype)
+    unit = torch.where(most > 0, unit, 1)
+    step = (units * unit)[..., None]
+    levels = (turned >= -step).to(dtype) + (turned >= 0) + (turned >= step)
+
+    radius = _furthest(turned, step) + 2.0 ** slack(head_size) * (MOST_UNITS * unit) + head_size
+    radius = radius * RADIUS_WIDENED / (unit * (MOST_UNITS / SPREADS))
+    radius = torch.where(finite, radius, torch.inf)
+    second = unit * least[..., 0] * (span(head_size) * block_size(head_size) ** -0.5)
+    return Codes(center, levels, units, torch.cat((center_scale, second, radius), -1).float())
+
+
+def _furthest(turned: Tensor, step: Tensor) -> Tensor:
+    """Largest norm of the errors of rounding [..., rows, head_size], [..., 1]."""
+    size = turned.abs()
+    error = (size - torch.where(size >= step, 1.5, 0.5) * step).abs() * (1 / step)
+    parts = (error * error * ERROR_STEPS).ceil().sum(-1, keepdim=True)
+    # A CPU's roots in fp32 are not always the nearest numbers, which those of compiled kernels are.
+    norm = parts.double().sqrt().to(step.dtype) * (ERROR_STEPS**-0.5) * step
+    return norm.amax(-2)
+
+
+def slack(head_size: int) -> int:
+    """Exponent of what the radius has more, in a page's largest step: what queries of 16 bits lose
+    when they are rotated, 1.5 * head_size ** 0.5 / 2 ** 9, and more than fp32 loses in scores.
+
+    What is left of keys, too, was rounded to whole numbers, by head_size of them in all at most.
+    """
+    return -(-(head_size - 1).bit_length() // 2) - 7

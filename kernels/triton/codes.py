@@ -1,0 +1,263 @@
+"""Two bits of every channel of every key: how pages get them, bit for bit as in the reference, and
+the scores that they give; `reference/codes.py` says what they are.
+
+Channels 4 j + c of a fourth c stand in a tensor of their own, because one byte holds four channels.
+"""
+
+# Arguments of Triton kernels have no Python types.
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from ..reference.codes import (
+    ERROR_STEPS,
+    MOST_UNITS,
+    SPREADS,
+    STEP_OF_MEAN,
+    block_size,
+    slack,
+    span,
+)
+from .boxes import KEY_MAX, KEY_MIN, WIDENED_RADIUS, rounded_mean
+from .pages import INTERPRETED
+
+UNITS = tl.constexpr(MOST_UNITS)
+MEAN_STEP = tl.constexpr(STEP_OF_MEAN)
+ERRORS = tl.constexpr(ERROR_STEPS)
+ERROR_UNIT = tl.constexpr(ERROR_STEPS**-0.5)
+SPREAD_UNITS = tl.constexpr(MOST_UNITS / SPREADS)
+# Tokens of a page that are scored together.
+TOKENS = tl.constexpr(16)
+
+block_size = triton.constexpr_function(block_size)
+span = triton.constexpr_function(span)
+slack = triton.constexpr_function(slack)
+
+
+@triton.jit
+def signs_of_fourth(D: tl.constexpr, QP: tl.constexpr):
+    """The rotation of one fourth, [QP, QP] fp32, symmetric."""
+    FOURTH: tl.constexpr = block_size(D) // 4
+    o_q = tl.arange(0, QP)
+    b_common = o_q[:, None] & o_q[None, :] & (FOURTH - 1)
+    b_common ^= b_common >> 4
+    b_common ^= b_common >> 2
+    b_common ^= b_common >> 1
+    b_sign = (1 - 2 * (b_common & 1)).to(tl.float32)
+    return tl.where((o_q // FOURTH)[:, None] == (o_q // FOURTH)[None, :], b_sign, 0.0)
+
+
+@triton.jit
+def rotate_fourths(b_0, b_1, b_2, b_3):
+    """Fourths that were rotated by themselves rotated with each other."""
+    b_sum, b_difference = b_0 + b_1, b_0 - b_1
+    b_other_sum, b_other_difference = b_2 + b_3, b_2 - b_3
+    return (
+        b_sum + b_other_sum,
+        b_difference + b_other_difference,
+        b_sum - b_other_sum,
+        b_difference - b_other_difference,
+    )
+
+
+@triton.jit
+def whole_units(b_largest):
+    """What vectors of no channel larger than b_largest are multiplied by to become whole numbers of
+    16 bits, and its reciprocal: powers of two."""
+    b_exponent = tl.maximum(b_largest, KEY_MIN).to(tl.int32, bitcast=True) >> 23
+    b_more = ((268 - b_exponent) << 23).to(tl.float32, bitcast=True)
+    return b_more, ((b_exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def code_keys(p_codes, b_key, m_row, count, D: tl.constexpr):
+    """Writes levels and units of the `count` keys of b_key [P, DP] that m_row [P, 1] names to
+    p_codes, and returns the center [DP], its scale, that of the units and the radius."""
+    P: tl.constexpr = b_key.shape[0]
+    QP: tl.constexpr = b_key.shape[1] // 4
+    m_finite = (tl.abs(b_key) < float("inf")) | ~m_row
+    unbounded = tl.max(tl.max((~m_finite).to(tl.int32), 1))
+    m_number = m_row & (b_key == b_key)
+    b_key = tl.minimum(tl.maximum(tl.where(m_number, b_key, 0.0), -KEY_MAX), KEY_MAX)
+    b_center, center_scale = rounded_mean(b_key, count, tl.max(tl.abs(b_key), 0))
+    b_rest = tl.where(m_number, b_key - (b_center * center_scale)[None, :], 0.0)
+    more, least = whole_units(tl.max(tl.max(tl.abs(b_rest), 1)))
+    b_rest = tl.floor(b_rest * more + 0.5)
+
+    b_even, b_odd = tl.split(tl.reshape(b_rest, [P, QP, 2, 2]))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_sign = signs_of_fourth(D, QP)
+    b_0, b_1, b_2, b_3 = rotate_fourths(
+        tl.dot(b_0, b_sign, input_precision="ieee"),
+        tl.dot(b_1, b_sign, input_precision="ieee"),
+        tl.dot(b_2, b_sign, input_precision="ieee"),
+        tl.dot(b_3, b_sign, input_precision="ieee"),
+    )
+    b_total = sum_of_parts(b_0) + sum_of_parts(b_1) + sum_of_parts(b_2) + sum_of_parts(b_3)
+    most = tl.max(b_total)
+    b_unit = tl.ceil(b_total * UNITS * tl.div_rn(1.0, tl.maximum(most, 1.0)))
+    b_unit = tl.minimum(tl.maximum(b_unit, 1.0), UNITS)  # [P]
+    unit = most * (MEAN_STEP * 256 / UNITS / D)
+    unit = (unit.to(tl.int32, bitcast=True) & -0x200).to(tl.float32, bitcast=True)
+    unit = tl.where(most > 0.0, unit, 1.0)
+    b_step = b_unit * unit
+
+    o_r, o_q = tl.arange(0, P), tl.arange(0, QP)
+    m_q = (o_q < D // 4)[None, :]
+    b_byte = levels(b_0, b_step) | (levels(b_1, b_step) << 2)
+    b_byte |= (levels(b_2, b_step) << 4) | (levels(b_3, b_step) << 6)
+    tl.store(p_codes + o_r[:, None] * (D // 4) + o_q[None, :], b_byte.to(tl.int8), mask=m_q)
+    tl.store(p_codes + P * (D // 4) + o_r, b_unit.to(tl.int8))
+
+    b_error = squared_errors(b_0, b_step, m_q) + squared_errors(b_1, b_step, m_q)
+    b_error += squared_errors(b_2, b_step, m_q) + squared_errors(b_3, b_step, m_q)
+    radius = tl.max(tl.sqrt_rn(b_error) * ERROR_UNIT * b_step)
+    radius = (radius + 2.0 ** slack(D) * (UNITS * unit) + D) * WIDENED_RADIUS
+    radius = tl.where(unbounded > 0, float("inf"), tl.div_rn(radius, unit * SPREAD_UNITS))
+    return b_center, center_scale, unit * least * (span(D) * block_size(D) ** -0.5), radius
+
+
+@triton.jit
+def sum_of_parts(b_turned):
+    """Sums [P] of the magnitudes of [P, QP], in parts of 256."""
+    return tl.sum(tl.floor(tl.abs(b_turned) * 0.00390625 + 0.5), 1)
+
+
+@triton.jit
+def levels(b_turned, b_step):
+    """0 to 3 for numbers [P, QP], for steps [P]."""
+    b_level = (b_turned >= -b_step[:, None]).to(tl.int32) + (b_turned >= 0.0).to(tl.int32)
+    return b_level + (b_turned >= b_step[:, None]).to(tl.int32)
+
+
+@triton.jit
+def squared_errors(b_turned, b_step, m_q):
+    """Sums [P] of the squares of what levels of [P, QP] are off, in steps and parts of ERRORS."""
+    b_size = tl.abs(b_turned)
+    b_error = tl.abs(b_size - tl.where(b_size >= b_step[:, None], 1.5, 0.5) * b_step[:, None])
+    b_error *= tl.div_rn(1.0, b_step)[:, None]
+    return tl.sum(tl.where(m_q, tl.ceil(b_error * b_error * ERRORS), 0.0), 1)
+
+
+@triton.jit
+def turn_queries(
+    p_query, i_b, i_h, o_g, s_query_b, s_query_h, G: tl.constexpr, D: tl.constexpr,
+    QP: tl.constexpr,
+):  # fmt: skip
+    """Four fourths [QP, GP] of the rotated queries of a group, in their dtype, their sum and the
+    norm of the queries, [GP] each."""
+    o_q = tl.arange(0, QP)
+    p_q = p_query + i_b.to(tl.int64) * s_query_b + (i_h * G + o_g)[None, :] * s_query_h
+    p_q += 4 * o_q[:, None]
+    m_q = (o_g < G)[None, :] & (o_q < D // 4)[:, None]
+    b_0 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)
+    b_1 = tl.load(p_q + 1, mask=m_q, other=0.0).to(tl.float32)
+    b_2 = tl.load(p_q + 2, mask=m_q, other=0.0).to(tl.float32)
+    b_3 = tl.load(p_q + 3, mask=m_q, other=0.0).to(tl.float32)
+    b_norm = tl.sqrt(tl.sum(b_0 * b_0 + b_1 * b_1 + b_2 * b_2 + b_3 * b_3, 0))
+    b_largest = tl.maximum(
+        tl.maximum(tl.abs(b_0), tl.abs(b_1)), tl.maximum(tl.abs(b_2), tl.abs(b_3))
+    )
+    b_more, b_least = whole_units(tl.max(b_largest, 0))
+    b_sign = signs_of_fourth(D, QP)
+    b_0, b_1, b_2, b_3 = rotate_fourths(
+        tl.dot(b_sign, tl.floor(b_0 * b_more[None, :] + 0.5), input_precision="ieee"),
+        tl.dot(b_sign, tl.floor(b_1 * b_more[None, :] + 0.5), input_precision="ieee"),
+        tl.dot(b_sign, tl.floor(b_2 * b_more[None, :] + 0.5), input_precision="ieee"),
+        tl.dot(b_sign, tl.floor(b_3 * b_more[None, :] + 0.5), input_precision="ieee"),
+    )
+    dtype: tl.constexpr = p_query.dtype.element_ty
+    b_factor = (b_least * block_size(D) ** -0.5)[None, :]
+    b_0, b_1 = (b_0 * b_factor).to(dtype), (b_1 * b_factor).to(dtype)
+    b_2, b_3 = (b_2 * b_factor).to(dtype), (b_3 * b_factor).to(dtype)
+    b_sum = tl.sum(b_0.to(tl.float32) + b_1.to(tl.float32), 0)
+    b_sum += tl.sum(b_2.to(tl.float32) + b_3.to(tl.float32), 0)
+    return b_0, b_1, b_2, b_3, b_sum, b_norm
+
+
+@triton.constexpr_function
+def widening(c, dtype):
+    """Instructions that make four numbers of two bits in the same places of four bytes."""
+    if dtype == tl.bfloat16:
+        shift = ("shl.b32 t, $2, 5", "shl.b32 t, $2, 3", "shl.b32 t, $2, 1", "shr.u32 t, $2, 1")[c]
+        mask, one = "0x60606060, 0x80808080", "0x3F3F3F3F"
+        low, high = "0x4140", "0x4342"
+    else:
+        shift = f"shr.u32 t, $2, {2 * c}"
+        mask, one = "0x03030303, 0x3C3C3C3C", "0"
+        low, high = "0x1404", "0x3424"
+    return (
+        f"{{ .reg .b32 t; {shift}; lop3.b32 t, t, {mask}, 0xEA; "
+        f"prmt.b32 $0, t, {one}, {low}; prmt.b32 $1, t, {one}, {high}; }}"
+    )
+
+
+@triton.jit
+def widen_levels(b_byte, C: tl.constexpr, dtype: tl.constexpr):
+    """1 + level / 4 of fourth C of bytes: two bits in the right place make such a number."""
+    if dtype == tl.float32 or INTERPRETED:
+        return (((b_byte.to(tl.int32) >> 2 * C) & 3).to(tl.float32) * 0.25 + 1.0).to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def score_codes(
+    p_stat, b_page, o_t, b_0, b_1, b_2, b_3, b_sum, s_page, D: tl.constexpr, P: tl.constexpr
+):
+    """Scores of the rounded rests of keys, tokens o_t [N] of pages [N], in units, [N, GP].
+
+    p_stat: where pages have their statistics, s_page apart.
+    """
+    QP: tl.constexpr = b_0.shape[0]
+    p_codes = p_stat + b_page.to(tl.int64) * s_page + D  # [N]
+    o_q = tl.arange(0, QP)
+    p_byte = p_codes[:, None] + (o_t * (D // 4))[:, None] + o_q[None, :]
+    if QP * 4 == D:
+        b_byte = tl.load(p_byte)
+    else:
+        b_byte = tl.load(p_byte, mask=(o_q < D // 4)[None, :], other=0)
+    b_unit = tl.load(p_codes + P * (D // 4) + o_t).to(tl.float32)
+    dtype: tl.constexpr = b_0.dtype
+    b_z = tl.dot(widen_levels(b_byte, 0, dtype), b_0, input_precision="ieee")
+    b_z = tl.dot(widen_levels(b_byte, 1, dtype), b_1, b_z, input_precision="ieee")
+    b_z = tl.dot(widen_levels(b_byte, 2, dtype), b_2, b_z, input_precision="ieee")
+    b_z = tl.dot(widen_levels(b_byte, 3, dtype), b_3, b_z, input_precision="ieee")
+    # Levels are 1.5 below their number, which is 4 times what was multiplied, less 4.
+    return (4.0 * b_z - 5.5 * b_sum[None, :]) * b_unit[:, None]
+
+
+@triton.jit
+def highest_of_codes(
+    p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_sum, b_unit, b_scale, b_slope, n, s_page,
+    D: tl.constexpr, P: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """The largest score z of the rounded rests of keys in each page, [BP, GP], ALiBi included.
+
+    b_unit: [BP], what the pages' scales say of their units.
+    """
+    BP: tl.constexpr = b_page.shape[0]
+    GP: tl.constexpr = b_0.shape[1]
+    T: tl.constexpr = min(P, TOKENS)
+    b_page = tl.reshape(tl.broadcast_to(b_page[:, None], [BP, T]), [BP * T])
+    o_t = tl.arange(0, BP * T) % T
+    b_factor = (b_unit * (1.0 / span(D)))[:, None] * b_scale[None, :]
+    b_highest = tl.full([BP, GP], -float("inf"), tl.float32)
+    for i_t in tl.static_range(0, P, T):
+        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, b_sum, s_page, D, P)
+        b_z = tl.reshape(b_z, [BP, T, GP])
+        if ALIBI:
+            o_key = o_page[:, None] * P + (i_t + tl.arange(0, T))[None, :] - (n - 1)
+            b_z = b_z * b_factor[:, None, :] + o_key.to(tl.float32)[:, :, None] * b_slope
+        b_highest = tl.maximum(b_highest, tl.max(b_z, 1))
+    if not ALIBI:
+        b_highest *= b_factor
+    return b_highest
