@@ -188,6 +188,13 @@ def resolve(
             "means nothing to selector exact, which reads all pages unless it prunes",
             "leave it out, or set prune",
         )
+    if config.codes and "guard" in options:
+        raise ConfigurationError(
+            "guard",
+            config.guard,
+            "means nothing with codes, which show isolated keys as they are",
+            "leave it out",
+        )
     _check_adaptive(config)
     if config.token_budget < config.page_size:
         raise ConfigurationError(

@@ -10,6 +10,9 @@ from typing import ClassVar
 
 from .pages import BOX, CODES
 
+CODED_REACH = 1.6
+"""How far scores reach above those of rounded keys, in spreads, for a margin of 1."""
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -130,7 +133,9 @@ class Adaptive:
         that lies off the others in most channels, and is judged by its bound instead: an isolated
         key that the estimate misses is likely to be in one. 0 for no guard, or at least 1.
     codes: go by codes of the keys, as for `TopK`: what stands for the center is the largest score
-        of the rounded keys of a page, and for a half-width what rounding moves it by.
+        of the rounded keys of a page, and for half-widths its spread, which is about what rounding
+        moves scores by. That is the same for all models: scores are taken to reach CODED_REACH
+        spreads, times the margin, and isolated keys need no guard.
     """
 
     margin: float = 1.25
@@ -149,6 +154,18 @@ class Adaptive:
         _check_first_pages(self.first_pages)
         if self.guard != 0 and not 1 <= self.guard < math.inf:
             raise ValueError(f"guard is {self.guard}; expected 0 or a finite number of at least 1")
+
+    @property
+    def fixed_reach(self) -> float | None:
+        """How far scores are taken to reach, for every head; None if their first pages say."""
+        if self.reach is None and self.codes:
+            return CODED_REACH * self.margin
+        return self.reach
+
+    @property
+    def guarded(self) -> bool:
+        """Whether pages that stand out are judged by their bounds."""
+        return self.guard > 0 and not self.codes
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from entmaxkv_kernels import (
     Adaptive,
+    Exact,
     Gaussian,
     PagedCache,
     PageLayout,
@@ -28,7 +29,6 @@ from entmaxkv_kernels import (
     append,
     split_pages,
 )
-from entmaxkv_kernels.pages import BOX
 from entmaxkv_kernels.reference.entmax import solve_entmax
 from entmaxkv_kernels.reference.select import select_pages
 from entmaxkv_vllm.bench.provenance import checked_out
@@ -99,6 +99,8 @@ def rotated(shape: tuple[int, int], random: torch.Generator) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), 1)
 
 
+Compared = Callable[[int], dict[str, Selector]]
+
 KINDS: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
     "independent": independent,
     "heavy-tailed channels": heavy_channels,
@@ -158,7 +160,7 @@ def measure(head: Head, selectors: dict[str, Selector]) -> dict[str, dict[str, l
     mass, support = by_page.sum(2), (by_page > 0).sum(2)
     table = torch.arange(pages)[None]
     found = {}
-    kept: tuple[tuple[str, ...], ...] = (Gaussian.statistics, BOX)
+    kept = {selector.statistics for selector in selectors.values()}
     caches = {statistics: cache_of(head, statistics) for statistics in kept}
     for name, selector in selectors.items():
         selection = select_pages(
@@ -202,6 +204,19 @@ def selectors_for(length: int) -> dict[str, Selector]:
     return found
 
 
+def by_codes(length: int) -> dict[str, Selector]:
+    """Those that go by codes of keys, and the paper's."""
+    found: dict[str, Selector] = {"gaussian-paper": Gaussian(shared_spread=True)}
+    for margin in MARGINS:
+        found[f"adaptive by codes, margin {margin:g}"] = Adaptive(margin=margin, codes=True)
+    found["few first pages, margin 1"] = Adaptive(margin=1.0, first_pages=4, codes=True)
+    found["no guard, margin 1"] = Adaptive(margin=1.0, guard=0, codes=True)
+    for share in (0.015, 0.03, 0.0625, 0.125, 0.25):
+        found[f"topk by codes, {share:.2%}"] = TopK(int(share * length), codes=True)
+    found["pruned by codes"] = Exact(prune=True, codes=True)
+    return found
+
+
 def joined(parts: list[dict[str, dict[str, list[float]]]]) -> Iterator[dict[str, Any]]:
     """One row for each selector, over all heads."""
     for name in parts[0]:
@@ -221,10 +236,12 @@ def joined(parts: list[dict[str, dict[str, list[float]]]]) -> Iterator[dict[str,
         }
 
 
-def study_synthetic(kind: str, length: int, needle: bool, instances: int) -> list[dict[str, Any]]:
+def study_synthetic(
+    kind: str, length: int, needle: bool, instances: int, compared: Compared
+) -> list[dict[str, Any]]:
     parts, needles = [], []
     for seed in range(instances):
-        found = measure(synthetic(kind, length, needle, seed), selectors_for(length))
+        found = measure(synthetic(kind, length, needle, seed), compared(length))
         needles.append({name: one["dropped_mass"][0] for name, one in found.items()})
         parts.append(found)
     rows = list(joined(parts))
@@ -236,7 +253,7 @@ def study_synthetic(kind: str, length: int, needle: bool, instances: int) -> lis
     return rows
 
 
-def study_recorded(path: Path, stride: int) -> Iterator[dict[str, Any]]:
+def study_recorded(path: Path, stride: int, compared: Compared) -> Iterator[dict[str, Any]]:
     """Every layer of a recorded sequence, at every stride-th position of those recorded."""
     saved = torch.load(path)
     everything = []
@@ -248,7 +265,7 @@ def study_recorded(path: Path, stride: int) -> Iterator[dict[str, Any]]:
             for kv_head, key in enumerate(keys):
                 own = queries[index, kv_head * heads : (kv_head + 1) * heads]
                 query = own.float() * (ALPHA - 1) * key.shape[-1] ** -0.5
-                parts.append(measure(Head(key[:length].float(), query), selectors_for(length)))
+                parts.append(measure(Head(key[:length].float(), query), compared(length)))
         everything += parts
         yield from ({"layer": layer, **row} for row in joined(parts))
     yield from ({"layer": "all", **row} for row in joined(everything))
@@ -261,7 +278,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--recorded", nargs="*", default=[], help="NAME=FILE, recorded inputs")
     parser.add_argument("--stride", type=int, default=4, help="of recorded positions")
+    parser.add_argument("--codes", action="store_true", help="selectors that go by codes of keys")
     arguments = parser.parse_args()
+    compared = by_codes if arguments.codes else selectors_for
     result: dict[str, Any] = {
         "gpu": "CPU",
         "versions": {"torch": torch.__version__},
@@ -273,12 +292,12 @@ def main() -> None:
     for length in arguments.lengths:
         for kind in KINDS:
             for needle in (False, True):
-                rows = study_synthetic(kind, length, needle, arguments.instances)
+                rows = study_synthetic(kind, length, needle, arguments.instances, compared)
                 result["synthetic"] += rows
                 print(length, kind, needle, rows[0], flush=True)
         arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     for name, _, file in (entry.partition("=") for entry in arguments.recorded):
-        for row in study_recorded(Path(file), arguments.stride):
+        for row in study_recorded(Path(file), arguments.stride, compared):
             result["recorded"].append({"model": name, **row})
             if row["layer"] == "all":
                 print(result["recorded"][-1], flush=True)

@@ -149,6 +149,11 @@ def test_each_query_head_may_have_its_own_alpha_and_keeps_it_when_heads_are_shar
             r"codes=True means nothing to selector exact, .* or set prune",
             id="codes-without-prune",
         ),
+        pytest.param(
+            {"codes": True, "selector": "adaptive", "guard": 1.2},
+            r"guard=1.2 means nothing with codes, .*leave it out",
+            id="guard-with-codes",
+        ),
         pytest.param({"codes": 1}, r"codes=1 is not a boolean", id="codes-1"),
         pytest.param({"prune": "yes"}, r"prune='yes' is not a boolean", id="prune-yes"),
         pytest.param(

@@ -10,10 +10,13 @@ First pages are the last one and, of the pages whose numbers leave the same rema
 most of the best pages are among them, and nobody has to rank all pages for it. Of long sequences
 more are read: the support is larger there, and a few of its tokens have a lower threshold.
 
-An estimate does not show a single key that suits the query in all channels at once. Such a key lies
-at the edge of its page's box in most of them, so that the page's radius is larger than those of its
-neighbours. Pages of which that is true are judged by their bounds. With bounds in place of all
-estimates only pages without weight are left out: so prunes exact decoding.
+An estimate from boxes does not show a single key that suits the query in all channels at once. Such
+a key lies at the edge of its page's box in most of them, so that the page's radius is larger than
+those of its neighbours. Pages of which that is true are judged by their bounds. With bounds in
+place of all estimates only pages without weight are left out: so prunes exact decoding.
+
+With codes nothing has to be learnt from first pages, and no page needs a guard: how far scores
+reach above those of rounded keys is what rounding does, whatever the keys are.
 """
 
 import torch
@@ -51,11 +54,11 @@ def adaptive_pages(
     first = choose_first(candidates, selector.first_pages)
     scores = read_first(candidates, first, cache, ids)
     lowest = lower_threshold(candidates, scores)[..., None]
-    reach: float | Tensor = selector.margin * furthest(candidates, first, scores)[..., None]
-    if selector.reach is not None:
-        reach = selector.reach
+    reach: float | Tensor | None = selector.fixed_reach
+    if reach is None:
+        reach = selector.margin * furthest(candidates, first, scores)[..., None]
     wanted = ~(page_reaches(candidates, reach) <= lowest)
-    if selector.guard:
+    if selector.guarded:
         outlying = outlying_pages(candidates, selector.guard)[:, :, None]
         wanted |= outlying & ~(radius_bounds(candidates) <= lowest)
     return wanted.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
@@ -69,17 +72,17 @@ def possible_pages(
 
     A page whose scores cannot exceed a lower bound of tau has none.
     """
-    first = choose_first(candidates, selector.first_pages)
+    first = choose_first(candidates, selector.first_pages, shortened=True)
     lowest = lower_threshold(candidates, read_first(candidates, first, cache, ids))[..., None]
     lowest -= THRESHOLD_ROUNDING * torch.finfo(lowest.dtype).eps * (1 + lowest.abs())
     possible = ~(sound_bounds(candidates) <= lowest)
     return possible.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
 
 
-def choose_first(candidates: Candidates, first_pages: int) -> Tensor:
+def choose_first(candidates: Candidates, first_pages: int, shortened: bool = False) -> Tensor:
     """The pages [B, kv_heads, group, classes] that reach highest of those whose numbers leave each
     remainder; the last page where there is none. Ties go to the earlier one."""
-    reaches = _ranked(candidates, page_reaches(candidates))
+    reaches = _ranked(candidates, page_reaches(candidates, shortened=shortened))
     pages = candidates.ranked.sum(-1)[:, None]
     least, most = first_pages - 1, most_first(first_pages, candidates.page_size) - 1
     classes = (pages // FIRST_SHARE - 1).clamp(least, most)

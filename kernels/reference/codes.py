@@ -5,6 +5,10 @@ its channels are alike whatever the keys are, and rounded to one of four levels,
 1.5 steps of the key's own. Scores of the rounded keys are nearly those of the keys; how far a key
 lies off its rounded one at most bounds the difference, by the inequality of Cauchy and Schwarz.
 
+Steps are such that the product of a key with its rounded one is that with itself, as in RaBitQ
+(arXiv 2405.12497). The steps that leave the smallest errors would shorten keys by an eighth, and so
+the scores of those that a query resembles, which are the ones that matter.
+
 The rotation is a Hadamard matrix over groups of channels, signs and nothing else but for a factor.
 What is left of a key is rounded to whole numbers of 16 bits first. So sums are of whole numbers,
 exact in fp32 in whatever order, and compiled kernels find the same bits.
@@ -21,14 +25,18 @@ MOST_UNITS = 127
 """The steps of the keys of a page are so many units at most."""
 
 STEP_OF_MEAN = 1.248
-"""The best step for normal numbers, in means of their magnitudes."""
+"""What separates small levels from large ones, in means of the magnitudes: best for normal
+numbers."""
+
+SHORTENED = 0.875
+"""Rounded keys that are so much shorter lie nearest to the keys: bounds are by them."""
 
 SPREADS = 4
 """A page's largest step is so many spreads, which are about what rounding moves scores by."""
 
-ERROR_STEPS = 2.0**8
+ERROR_STEPS = 2.0**12
 """Parts of 1 in which the squares of errors, in steps, are added up: their sum is exact in fp32,
-because no error is longer than the sum of magnitudes, which are a step in the mean or less."""
+because no error is longer than its rounded key, of at most 1.5 steps in 256 channels."""
 
 
 class Codes(NamedTuple):
@@ -38,7 +46,7 @@ class Codes(NamedTuple):
     levels: [..., page_size, head_size] whole numbers from 0 to 3
     units: [..., page_size] whole numbers from 1 to 127, what each key's step is
     scales: [..., 3] fp32, of the centers, of `span` units, and the radius: how far keys lie off the
-        rounded ones at most, in spreads, as a Euclidean norm
+        rounded ones, shortened, at most, in spreads, as a Euclidean norm
     """
 
     center: Tensor
@@ -77,11 +85,11 @@ def span(head_size: int) -> int:
     channel is larger than 127 times that, which is above `span` steps.
 
     A channel is at most the sum of the magnitudes of its block, times block_size ** -0.5, and they
-    are less than a step in the mean.
+    are at most 1.5 steps in the mean.
     """
     # Compiled kernels call this, which must not call another function then.
     block, power = head_size & -head_size, 1
-    while power < head_size * block**-0.5:
+    while power < 1.5 * head_size * block**-0.5:
         power *= 2
     return power
 
@@ -101,11 +109,14 @@ def turn(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors [..., head_size], of no channel larger than `largest`, rotated, but for the factor,
     as whole numbers of 16 bits, and what one is."""
     exponent = largest.clamp_min(SMALLEST).float().view(torch.int32) >> 23
-    # Powers of two, by their bits: what numbers are multiplied by, and its reciprocal.
-    more, least = (
-        (e << 23).view(torch.float32).to(x.dtype) for e in (268 - exponent, exponent - 14)
-    )
+    more, least = _powers_of_two(268 - exponent, exponent - 14, x.dtype)
     return (x * more + 0.5).floor() @ rotation(x.shape[-1], x), least
+
+
+def _powers_of_two(one: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A power of two and its reciprocal, of these exponents in fp32."""
+    more, less = ((x << 23).view(torch.float32).to(dtype) for x in (one, other))
+    return more, less
 
 
 def codes_of(key: Tensor, valid: Tensor) -> Codes:
@@ -123,28 +134,36 @@ def codes_of(key: Tensor, valid: Tensor) -> Codes:
     rest = (key - (center * center_scale)[..., None, :]).masked_fill(~number, 0)
     turned, least = turn(rest, rest.abs().amax((-2, -1), keepdim=True))
 
-    # Of parts of 256, the sum stays below 2 ** 24.
-    total = (turned.abs() * 2.0**-8 + 0.5).floor().sum(-1)
-    most = total.amax(-1, keepdim=True)
-    units = (total * MOST_UNITS * (1 / most.clamp_min(1))).ceil().clamp(1, MOST_UNITS)
-    unit = (most * (STEP_OF_MEAN * 2**8 / MOST_UNITS / head_size)).float()
-    # Of 15 significant bits: its products with units and levels are exact.
-    unit = (unit.view(torch.int32) & -0x200).view(torch.float32).to(dtype)
-    unit = torch.where(most > 0, unit, 1)
-    step = (units * unit)[..., None]
-    levels = (turned >= -step).to(dtype) + (turned >= 0) + (turned >= step)
+    # Once more as whole numbers, of 8 bits of each key's largest: sums of squares are exact, too.
+    size = turned.abs()
+    exponent = size.amax(-1, keepdim=True).clamp_min(1).float().view(torch.int32) >> 23
+    more, less = _powers_of_two(261 - exponent, exponent - 7, dtype)
+    whole = (size * more + 0.5).floor()
+    large = whole >= whole.sum(-1, keepdim=True) * (STEP_OF_MEAN / head_size)
+    magnitude = torch.where(large, 1.5, 0.5).to(dtype)
+    square, product = (whole * x for x in (whole, magnitude))
+    step = (square.sum(-1) / product.sum(-1).clamp_min(0.5)) * less[..., 0]
+    most = step.amax(-1, keepdim=True)
+    some = most > 0
+    units = (step + most * 2.0**-8) * (MOST_UNITS * (1 / torch.where(some, most, 1)))
+    units = units.floor().clamp(1, MOST_UNITS)
+    # Of 12 significant bits: its products with units and levels, shortened, are exact.
+    unit = ((most * (1 / MOST_UNITS)).float().view(torch.int32) & -0x1000).view(torch.float32)
+    unit = torch.where(some, unit.to(dtype), 1)
 
-    radius = _furthest(turned, step) + 2.0 ** slack(head_size) * (MOST_UNITS * unit) + head_size
+    furthest = _furthest(size, magnitude, (units * unit)[..., None])
+    radius = furthest + 2.0 ** slack(head_size) * (MOST_UNITS * unit) + head_size
     radius = radius * RADIUS_WIDENED / (unit * (MOST_UNITS / SPREADS))
     radius = torch.where(finite, radius, torch.inf)
     second = unit * least[..., 0] * (span(head_size) * block_size(head_size) ** -0.5)
+    levels = torch.where(turned >= 0, 1.5 + magnitude, 1.5 - magnitude)
     return Codes(center, levels, units, torch.cat((center_scale, second, radius), -1).float())
 
 
-def _furthest(turned: Tensor, step: Tensor) -> Tensor:
-    """Largest norm of the errors of rounding [..., rows, head_size], [..., 1]."""
-    size = turned.abs()
-    error = (size - torch.where(size >= step, 1.5, 0.5) * step).abs() * (1 / step)
+def _furthest(size: Tensor, magnitude: Tensor, step: Tensor) -> Tensor:
+    """Largest norm of how far keys [..., rows, head_size] lie off the rounded ones, shortened,
+    [..., 1]."""
+    error = (size - magnitude * SHORTENED * step).abs() * (1 / step)
     parts = (error * error * ERROR_STEPS).ceil().sum(-1, keepdim=True)
     # A CPU's roots in fp32 are not always the nearest numbers, which those of compiled kernels are.
     norm = parts.double().sqrt().to(step.dtype) * (ERROR_STEPS**-0.5) * step

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..selectors import TopK
 from .candidates import Candidates
-from .codes import MOST_UNITS, SPREADS, Codes, block_size, span, turn
+from .codes import MOST_UNITS, SHORTENED, SPREADS, Codes, block_size, span, turn
 from .scores import scale_to_scores
 
 LEAST_QUERY = 2.0**-40
@@ -34,28 +34,34 @@ def scaled_queries(candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     return query.unflatten(1, heads), None if slopes is None else slopes.view(*heads, 1)
 
 
-def page_reaches(candidates: Candidates, widths: float | Tensor = 1.0) -> Tensor:
+def page_reaches(
+    candidates: Candidates, widths: float | Tensor = 1.0, shortened: bool = False
+) -> Tensor:
     """How high the scores z of each page reach, [B, kv_heads, group, P], for their ranking.
 
     ALiBi counts at the page's most favourable position.
 
     widths: half-widths above the center that count, in the Euclidean norm; one number, or one for
         each head, [B, kv_heads, group, 1].
+    shortened: for bounds, by codes of keys.
     """
-    return _page_heights(candidates) + widths * page_spreads(candidates)
+    return _page_heights(candidates, shortened) + widths * page_spreads(candidates)
 
 
-def _page_heights(candidates: Candidates) -> Tensor:
+def _page_heights(candidates: Candidates, shortened: bool) -> Tensor:
     """Scores z [B, kv_heads, group, P] of the pages' centers, or the largest of their rounded
     keys."""
     query, slopes = scaled_queries(candidates)
     if candidates.codes is not None:
-        return _rounded_scores(candidates, candidates.codes, slopes).amax(-1)
+        times = SHORTENED if shortened else 1.0
+        return _rounded_scores(candidates, candidates.codes, times, slopes).amax(-1)
     assert candidates.statistics is not None
     return query @ candidates.statistics[0].mT + _most_favourable(candidates, slopes)
 
 
-def _rounded_scores(candidates: Candidates, codes: Codes, slopes: Tensor | None) -> Tensor:
+def _rounded_scores(
+    candidates: Candidates, codes: Codes, times: float, slopes: Tensor | None
+) -> Tensor:
     """Scores z [B, kv_heads, group, P, page_size] of the rounded keys, ALiBi included."""
     query, page_size = candidates.query, candidates.page_size
     head_size = query.shape[-1]
@@ -64,7 +70,7 @@ def _rounded_scores(candidates: Candidates, codes: Codes, slopes: Tensor | None)
     turned = whole * (least * block_size(head_size) ** -0.5)
     turned = turned.to(candidates.query_dtype).to(query.dtype)
     scores = turned @ (codes.levels - 1.5).flatten(-3, -2).mT
-    step = codes.units * (codes.scales[..., 1:2] / span(head_size))
+    step = codes.units * (codes.scales[..., 1:2] * (times / span(head_size)))
     scores = scores.unflatten(-1, (-1, page_size)) * step[:, :, None]
     center = query @ (codes.center * codes.scales[..., :1]).mT
     scores = (scores + center[..., None]) * _factor(candidates)[..., None]
@@ -126,7 +132,7 @@ def _most_favourable(candidates: Candidates, slopes: Tensor | None) -> Tensor | 
 def radius_bounds(candidates: Candidates) -> Tensor:
     """Upper bound [B, kv_heads, group, P] of the scores z in each page, by their radii."""
     assert candidates.radius is not None
-    return page_reaches(candidates, candidates.radius.mT)
+    return page_reaches(candidates, candidates.radius.mT, shortened=True)
 
 
 def sound_bounds(candidates: Candidates) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..reference.codes import (
     ERROR_STEPS,
     MOST_UNITS,
+    SHORTENED,
     SPREADS,
     STEP_OF_MEAN,
     block_size,
@@ -26,6 +27,7 @@ UNITS = tl.constexpr(MOST_UNITS)
 MEAN_STEP = tl.constexpr(STEP_OF_MEAN)
 ERRORS = tl.constexpr(ERROR_STEPS)
 ERROR_UNIT = tl.constexpr(ERROR_STEPS**-0.5)
+SHORTER = tl.constexpr(SHORTENED)
 SPREAD_UNITS = tl.constexpr(MOST_UNITS / SPREADS)
 # Tokens of a page that are scored together.
 TOKENS = tl.constexpr(16)
@@ -95,24 +97,17 @@ def code_keys(p_codes, b_key, m_row, count, D: tl.constexpr):
         tl.dot(b_2, b_sign, input_precision="ieee"),
         tl.dot(b_3, b_sign, input_precision="ieee"),
     )
-    b_total = sum_of_parts(b_0) + sum_of_parts(b_1) + sum_of_parts(b_2) + sum_of_parts(b_3)
-    most = tl.max(b_total)
-    b_unit = tl.ceil(b_total * UNITS * tl.div_rn(1.0, tl.maximum(most, 1.0)))
-    b_unit = tl.minimum(tl.maximum(b_unit, 1.0), UNITS)  # [P]
-    unit = most * (MEAN_STEP * 256 / UNITS / D)
-    unit = (unit.to(tl.int32, bitcast=True) & -0x200).to(tl.float32, bitcast=True)
-    unit = tl.where(most > 0.0, unit, 1.0)
-    b_step = b_unit * unit
-
+    m_0, m_1, m_2, m_3, b_unit, unit = find_steps(b_0, b_1, b_2, b_3, D)
     o_r, o_q = tl.arange(0, P), tl.arange(0, QP)
     m_q = (o_q < D // 4)[None, :]
-    b_byte = levels(b_0, b_step) | (levels(b_1, b_step) << 2)
-    b_byte |= (levels(b_2, b_step) << 4) | (levels(b_3, b_step) << 6)
+    b_byte = levels(b_0, m_0) | (levels(b_1, m_1) << 2)
+    b_byte |= (levels(b_2, m_2) << 4) | (levels(b_3, m_3) << 6)
     tl.store(p_codes + o_r[:, None] * (D // 4) + o_q[None, :], b_byte.to(tl.int8), mask=m_q)
     tl.store(p_codes + P * (D // 4) + o_r, b_unit.to(tl.int8))
 
-    b_error = squared_errors(b_0, b_step, m_q) + squared_errors(b_1, b_step, m_q)
-    b_error += squared_errors(b_2, b_step, m_q) + squared_errors(b_3, b_step, m_q)
+    b_step = b_unit * unit
+    b_error = squared_errors(b_0, m_0, b_step, m_q) + squared_errors(b_1, m_1, b_step, m_q)
+    b_error += squared_errors(b_2, m_2, b_step, m_q) + squared_errors(b_3, m_3, b_step, m_q)
     radius = tl.max(tl.sqrt_rn(b_error) * ERROR_UNIT * b_step)
     radius = (radius + 2.0 ** slack(D) * (UNITS * unit) + D) * WIDENED_RADIUS
     radius = tl.where(unbounded > 0, float("inf"), tl.div_rn(radius, unit * SPREAD_UNITS))
@@ -120,23 +115,49 @@ def code_keys(p_codes, b_key, m_row, count, D: tl.constexpr):
 
 
 @triton.jit
-def sum_of_parts(b_turned):
-    """Sums [P] of the magnitudes of [P, QP], in parts of 256."""
-    return tl.sum(tl.floor(tl.abs(b_turned) * 0.00390625 + 0.5), 1)
+def find_steps(b_0, b_1, b_2, b_3, D: tl.constexpr):
+    """Which numbers of four fourths [P, QP] of rotated keys have a large level, the units of each
+    key's step [P], and what one is."""
+    b_0, b_1, b_2, b_3 = tl.abs(b_0), tl.abs(b_1), tl.abs(b_2), tl.abs(b_3)
+    b_largest = tl.maximum(tl.max(tl.maximum(b_0, b_1), 1), tl.max(tl.maximum(b_2, b_3), 1))
+    b_exponent = tl.maximum(b_largest, 1.0).to(tl.int32, bitcast=True) >> 23
+    b_more = ((261 - b_exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    b_0, b_1 = tl.floor(b_0 * b_more + 0.5), tl.floor(b_1 * b_more + 0.5)
+    b_2, b_3 = tl.floor(b_2 * b_more + 0.5), tl.floor(b_3 * b_more + 0.5)
+    b_border = (tl.sum(b_0 + b_1, 1) + tl.sum(b_2 + b_3, 1)) * (MEAN_STEP / D)
+    b_border = b_border[:, None]
+    m_0, m_1, m_2, m_3 = b_0 >= b_border, b_1 >= b_border, b_2 >= b_border, b_3 >= b_border
+    b_square = tl.sum(b_0 * b_0 + b_1 * b_1, 1) + tl.sum(b_2 * b_2 + b_3 * b_3, 1)
+    b_product = tl.sum(b_0 * magnitudes(m_0) + b_1 * magnitudes(m_1), 1)
+    b_product += tl.sum(b_2 * magnitudes(m_2) + b_3 * magnitudes(m_3), 1)
+    b_less = ((b_exponent - 7) << 23).to(tl.float32, bitcast=True)
+    b_step = tl.div_rn(b_square, tl.maximum(b_product, 0.5)) * b_less
+    most = tl.max(b_step)
+    inverse = UNITS * tl.div_rn(1.0, tl.where(most > 0.0, most, 1.0))
+    b_unit = tl.floor((b_step + most * 0.00390625) * inverse)
+    unit = ((most * (1 / UNITS)).to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
+    unit = tl.where(most > 0.0, unit, 1.0)
+    return m_0, m_1, m_2, m_3, tl.minimum(tl.maximum(b_unit, 1.0), UNITS), unit
 
 
 @triton.jit
-def levels(b_turned, b_step):
-    """0 to 3 for numbers [P, QP], for steps [P]."""
-    b_level = (b_turned >= -b_step[:, None]).to(tl.int32) + (b_turned >= 0.0).to(tl.int32)
-    return b_level + (b_turned >= b_step[:, None]).to(tl.int32)
+def magnitudes(m_large):
+    """Of levels, in steps."""
+    return tl.where(m_large, 1.5, 0.5)
 
 
 @triton.jit
-def squared_errors(b_turned, b_step, m_q):
-    """Sums [P] of the squares of what levels of [P, QP] are off, in steps and parts of ERRORS."""
-    b_size = tl.abs(b_turned)
-    b_error = tl.abs(b_size - tl.where(b_size >= b_step[:, None], 1.5, 0.5) * b_step[:, None])
+def levels(b_turned, m_large):
+    """0 to 3 for numbers [P, QP]."""
+    b_large = m_large.to(tl.int32)
+    return tl.where(b_turned >= 0.0, 2 + b_large, 1 - b_large)
+
+
+@triton.jit
+def squared_errors(b_turned, m_large, b_step, m_q):
+    """Sums [P] of the squares of what levels of [P, QP], shortened, are off, in steps and parts of
+    ERRORS."""
+    b_error = tl.abs(tl.abs(b_turned) - magnitudes(m_large) * SHORTER * b_step[:, None])
     b_error *= tl.div_rn(1.0, b_step)[:, None]
     return tl.sum(tl.where(m_q, tl.ceil(b_error * b_error * ERRORS), 0.0), 1)
 
@@ -146,8 +167,8 @@ def turn_queries(
     p_query, i_b, i_h, o_g, s_query_b, s_query_h, G: tl.constexpr, D: tl.constexpr,
     QP: tl.constexpr,
 ):  # fmt: skip
-    """Four fourths [QP, GP] of the rotated queries of a group, in their dtype, their sum and the
-    norm of the queries, [GP] each."""
+    """Four fourths [QP, GP] of the rotated queries of a group, in their dtype, and the norm of the
+    queries, [GP]."""
     o_q = tl.arange(0, QP)
     p_q = p_query + i_b.to(tl.int64) * s_query_b + (i_h * G + o_g)[None, :] * s_query_h
     p_q += 4 * o_q[:, None]
@@ -172,9 +193,7 @@ def turn_queries(
     b_factor = (b_least * block_size(D) ** -0.5)[None, :]
     b_0, b_1 = (b_0 * b_factor).to(dtype), (b_1 * b_factor).to(dtype)
     b_2, b_3 = (b_2 * b_factor).to(dtype), (b_3 * b_factor).to(dtype)
-    b_sum = tl.sum(b_0.to(tl.float32) + b_1.to(tl.float32), 0)
-    b_sum += tl.sum(b_2.to(tl.float32) + b_3.to(tl.float32), 0)
-    return b_0, b_1, b_2, b_3, b_sum, b_norm
+    return b_0, b_1, b_2, b_3, b_norm
 
 
 @triton.constexpr_function
@@ -196,23 +215,22 @@ def widening(c, dtype):
 
 @triton.jit
 def widen_levels(b_byte, C: tl.constexpr, dtype: tl.constexpr):
-    """1 + level / 4 of fourth C of bytes: two bits in the right place make such a number."""
+    """Quarters of the levels of fourth C of bytes, in steps: two bits in the right place make a
+    number from 1 on."""
     if dtype == tl.float32 or INTERPRETED:
-        return (((b_byte.to(tl.int32) >> 2 * C) & 3).to(tl.float32) * 0.25 + 1.0).to(dtype)
+        return (((b_byte.to(tl.int32) >> 2 * C) & 3).to(tl.float32) * 0.25 - 0.375).to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
+        ) - tl.full([], 1.375, tl.bfloat16)
     else:
         return tl.inline_asm_elementwise(
             widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4
-        )
+        ) - tl.full([], 1.375, tl.float16)
 
 
 @triton.jit
-def score_codes(
-    p_stat, b_page, o_t, b_0, b_1, b_2, b_3, b_sum, s_page, D: tl.constexpr, P: tl.constexpr
-):
+def score_codes(p_stat, b_page, o_t, b_0, b_1, b_2, b_3, s_page, D: tl.constexpr, P: tl.constexpr):
     """Scores of the rounded rests of keys, tokens o_t [N] of pages [N], in units, [N, GP].
 
     p_stat: where pages have their statistics, s_page apart.
@@ -231,18 +249,19 @@ def score_codes(
     b_z = tl.dot(widen_levels(b_byte, 1, dtype), b_1, b_z, input_precision="ieee")
     b_z = tl.dot(widen_levels(b_byte, 2, dtype), b_2, b_z, input_precision="ieee")
     b_z = tl.dot(widen_levels(b_byte, 3, dtype), b_3, b_z, input_precision="ieee")
-    # Levels are 1.5 below their number, which is 4 times what was multiplied, less 4.
-    return (4.0 * b_z - 5.5 * b_sum[None, :]) * b_unit[:, None]
+    return b_z * (4.0 * b_unit)[:, None]
 
 
 @triton.jit
 def highest_of_codes(
-    p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_sum, b_unit, b_scale, b_slope, n, s_page,
-    D: tl.constexpr, P: tl.constexpr, ALIBI: tl.constexpr,
+    p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_unit, b_scale, b_slope, n, s_page,
+    D: tl.constexpr, P: tl.constexpr, ALIBI: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """The largest score z of the rounded rests of keys in each page, [BP, GP], ALiBi included.
+    """The largest score z of the rounded rests of keys in each page, [BP, GP], ALiBi included, and
+    that of the shortened ones; the former is the latter where it is not asked for.
 
     b_unit: [BP], what the pages' scales say of their units.
+    BOUND: 0 if only the former is wanted, 1 for both, 2 for the latter.
     """
     BP: tl.constexpr = b_page.shape[0]
     GP: tl.constexpr = b_0.shape[1]
@@ -250,14 +269,22 @@ def highest_of_codes(
     b_page = tl.reshape(tl.broadcast_to(b_page[:, None], [BP, T]), [BP * T])
     o_t = tl.arange(0, BP * T) % T
     b_factor = (b_unit * (1.0 / span(D)))[:, None] * b_scale[None, :]
+    if BOUND == 2:
+        b_factor *= SHORTER
     b_highest = tl.full([BP, GP], -float("inf"), tl.float32)
+    b_shorter = b_highest
     for i_t in tl.static_range(0, P, T):
-        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, b_sum, s_page, D, P)
+        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, s_page, D, P)
         b_z = tl.reshape(b_z, [BP, T, GP])
         if ALIBI:
             o_key = o_page[:, None] * P + (i_t + tl.arange(0, T))[None, :] - (n - 1)
-            b_z = b_z * b_factor[:, None, :] + o_key.to(tl.float32)[:, :, None] * b_slope
+            b_distance = o_key.to(tl.float32)[:, :, None] * b_slope
+            b_z *= b_factor[:, None, :]
+            if BOUND == 1:
+                b_shorter = tl.maximum(b_shorter, tl.max(b_z * SHORTER + b_distance, 1))
+            b_z += b_distance
         b_highest = tl.maximum(b_highest, tl.max(b_z, 1))
     if not ALIBI:
         b_highest *= b_factor
-    return b_highest
+        b_shorter = b_highest * SHORTER
+    return b_highest, b_shorter

@@ -235,6 +235,7 @@ def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
         "LONG": shape.long_rows,
         "STEP": shape.page_step,
         "CODES": shape.coded,
+        "SHORTER": shape.coded and isinstance(selector, Exact),
         "SPREAD": shape.first_pages > 0,
         "ROUNDED": shape.certified or isinstance(selector, Exact),
     }
@@ -326,13 +327,13 @@ def _estimate(selector: Adaptive | Exact) -> dict[str, Any]:
     if isinstance(selector, Exact):
         unused = {"margin": 1.0, "reach": 1.0, "guard": 1.0}
         return {**unused, "OWN_REACH": False, "GUARDED": False}
-    reach = selector.reach
+    reach = selector.fixed_reach
     return {
         "margin": float(selector.margin),
         "reach": 1.0 if reach is None else float(reach),
         "guard": float(selector.guard),
         "OWN_REACH": reach is None,
-        "GUARDED": selector.guard > 0,
+        "GUARDED": selector.guarded,
     }
 
 

@@ -152,9 +152,9 @@ def box_kernel(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GW: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
-    STEP: tl.constexpr, CODES: tl.constexpr, SPREAD: tl.constexpr, ROUNDED: tl.constexpr,
-    CERTIFY: tl.constexpr, APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr, CHAINED: tl.constexpr,
-    STAGES: tl.constexpr,
+    STEP: tl.constexpr, CODES: tl.constexpr, SHORTER: tl.constexpr, SPREAD: tl.constexpr,
+    ROUNDED: tl.constexpr, CERTIFY: tl.constexpr, APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
     split; of long rows also the sampled ones side by side. See `reference/quest.py`.
@@ -162,7 +162,7 @@ def box_kernel(
     p_reach: [rows, page_stride, GW], p_page_sample: [rows, SAMPLED, GW], and p_page_extreme:
     [rows, PS, GW, 2], of which the second is the negated least.
 
-    CODES: by codes of the keys, in place of boxes.
+    CODES: by codes of the keys, in place of boxes; if SHORTER, as bounds are by them.
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
     ROUNDED: also how much that can be, for each head p_rounding, by a program of its own after the
@@ -198,7 +198,7 @@ def box_kernel(
             tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
         return
     if CODES:
-        b_0, b_1, b_2, b_3, b_sum, b_norm = turn_queries(
+        b_0, b_1, b_2, b_3, b_norm = turn_queries(
             p_query, i_b, i_h, o_g, s_query_b, s_query_h, G, D, DP // 4
         )
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
@@ -216,9 +216,9 @@ def box_kernel(
         b_center_scale, b_half_scale, b_radius = load_box_scales(p_scale, b_page, s_page)
         if CODES:
             b_center = load_center(p_stat, b_page, o_d, s_page, D)
-            b_most = highest_of_codes(
-                p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_sum, b_half_scale, b_scale, b_slope,
-                n, s_page, D, P, ALIBI,
+            b_most, b_shorter = highest_of_codes(
+                p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_half_scale, b_scale, b_slope,
+                n, s_page, D, P, ALIBI, 2 if SHORTER else int(CERTIFY > 0),
             )  # fmt: skip
             b_spread = b_norm[None, :] * (b_half_scale * (SPREAD_UNITS / span(D)))[:, None]
         else:
@@ -242,7 +242,9 @@ def box_kernel(
         m_own = m_g[None, :] & m_page
         if CERTIFY:
             b_bound = (b_center + b_radius[:, None] * b_spread) * b_scale[None, :]
-            if ALIBI or CODES:
+            if CODES:
+                b_bound += b_shorter
+            elif ALIBI:
                 b_bound += b_most
             o_bound = o_g[None, :] * page_stride + o_page[:, None]
             store_held(p_b + o_bound, b_bound, m_own)
