@@ -11,7 +11,8 @@ the scores of those that a query resembles, which are the ones that matter.
 
 The rotation is a Hadamard matrix over groups of channels, signs and nothing else but for a factor.
 What is left of a key is rounded to whole numbers of 16 bits first. So sums are of whole numbers,
-exact in fp32 in whatever order, and compiled kernels find the same bits.
+exact in fp32 in whatever order, and compiled kernels find the same bits. Queries are rotated
+likewise and rounded to 15 bits, and their products with levels are exact, too.
 """
 
 from typing import NamedTuple
@@ -171,9 +172,19 @@ def _furthest(size: Tensor, magnitude: Tensor, step: Tensor) -> Tensor:
 
 
 def slack(head_size: int) -> int:
-    """Exponent of what the radius has more, in a page's largest step: what queries of 16 bits lose
-    when they are rotated, 1.5 * head_size ** 0.5 / 2 ** 9, and more than fp32 loses in scores.
+    """Exponent of what the radius has more, in a page's largest step: what queries lose when they
+    are rounded. That is head_size ** 0.5 / 2 ** 13 of their length, and rounded keys are at most
+    1.5 * head_size ** 0.5 steps long.
 
     What is left of keys, too, was rounded to whole numbers, by head_size of them in all at most.
     """
-    return -(-(head_size - 1).bit_length() // 2) - 7
+    return (3 * head_size // 2 - 1).bit_length() - 13
+
+
+def turn_queries(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [..., head_size] rotated, as whole numbers of 15 bits, and what one is, [..., 1]."""
+    turned, least = turn(query, query.abs().amax(-1, keepdim=True))
+    exponent = turned.abs().amax(-1, keepdim=True).clamp_min(1).float().view(torch.int32) >> 23
+    more, less = _powers_of_two(267 - exponent, exponent - 13, query.dtype)
+    factor = less * (block_size(query.shape[-1]) ** -0.5)
+    return (turned * more + 0.5).floor(), least * factor

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..selectors import TopK
 from .candidates import Candidates
-from .codes import MOST_UNITS, SHORTENED, SPREADS, Codes, block_size, span, turn
+from .codes import MOST_UNITS, SHORTENED, SPREADS, Codes, span, turn_queries
 from .scores import scale_to_scores
 
 LEAST_QUERY = 2.0**-40
@@ -64,13 +64,9 @@ def _rounded_scores(
 ) -> Tensor:
     """Scores z [B, kv_heads, group, P, page_size] of the rounded keys, ALiBi included."""
     query, page_size = candidates.query, candidates.page_size
-    head_size = query.shape[-1]
-    whole, least = turn(query, query.abs().amax(-1, keepdim=True))
-    # As compiled kernels multiply it.
-    turned = whole * (least * block_size(head_size) ** -0.5)
-    turned = turned.to(candidates.query_dtype).to(query.dtype)
-    scores = turned @ (codes.levels - 1.5).flatten(-3, -2).mT
-    step = codes.units * (codes.scales[..., 1:2] * (times / span(head_size)))
+    turned, least = turn_queries(query)
+    scores = turned @ (codes.levels - 1.5).flatten(-3, -2).mT * least
+    step = codes.units * (codes.scales[..., 1:2] * (times / span(query.shape[-1])))
     scores = scores.unflatten(-1, (-1, page_size)) * step[:, :, None]
     center = query @ (codes.center * codes.scales[..., :1]).mT
     scores = (scores + center[..., None]) * _factor(candidates)[..., None]

@@ -163,13 +163,30 @@ def squared_errors(b_turned, m_large, b_step, m_q):
 
 
 @triton.jit
+def firsts(b_pair):
+    """Those of neighbours [2 * N] that come first, [N]."""
+    b_first, _ = tl.split(tl.reshape(b_pair, [b_pair.shape[0] // 2, 2]))
+    return b_first
+
+
+@triton.jit
+def limbs(b_whole, o_n):
+    """Whole numbers [QP, 2 * GP] of 15 bits as sums of 256 times and once a number of 8 bits: the
+    former of those in even columns, the latter in odd ones."""
+    b_high = tl.floor((b_whole + 128.0) * 0.00390625)
+    b_limb = tl.where((o_n % 2 == 0)[None, :], b_high, b_whole - 256.0 * b_high)
+    return b_limb.to(tl.int32).to(tl.int8)
+
+
+@triton.jit
 def turn_queries(
-    p_query, i_b, i_h, o_g, s_query_b, s_query_h, G: tl.constexpr, D: tl.constexpr,
+    p_query, i_b, i_h, s_query_b, s_query_h, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
     QP: tl.constexpr,
 ):  # fmt: skip
-    """Four fourths [QP, GP] of the rotated queries of a group, in their dtype, and the norm of the
-    queries, [GP]."""
-    o_q = tl.arange(0, QP)
+    """Four fourths of the rotated queries of a group, in limbs, [QP, 2 * GP] int8; 1.5 times their
+    sum, what a whole number is, and the norm of the queries, [GP] each."""
+    o_q, o_n = tl.arange(0, QP), tl.arange(0, 2 * GP)
+    o_g = o_n // 2
     p_q = p_query + i_b.to(tl.int64) * s_query_b + (i_h * G + o_g)[None, :] * s_query_h
     p_q += 4 * o_q[:, None]
     m_q = (o_g < G)[None, :] & (o_q < D // 4)[:, None]
@@ -178,10 +195,7 @@ def turn_queries(
     b_2 = tl.load(p_q + 2, mask=m_q, other=0.0).to(tl.float32)
     b_3 = tl.load(p_q + 3, mask=m_q, other=0.0).to(tl.float32)
     b_norm = tl.sqrt(tl.sum(b_0 * b_0 + b_1 * b_1 + b_2 * b_2 + b_3 * b_3, 0))
-    b_largest = tl.maximum(
-        tl.maximum(tl.abs(b_0), tl.abs(b_1)), tl.maximum(tl.abs(b_2), tl.abs(b_3))
-    )
-    b_more, b_least = whole_units(tl.max(b_largest, 0))
+    b_more, b_least = whole_units(largest_of(b_0, b_1, b_2, b_3))
     b_sign = signs_of_fourth(D, QP)
     b_0, b_1, b_2, b_3 = rotate_fourths(
         tl.dot(b_sign, tl.floor(b_0 * b_more[None, :] + 0.5), input_precision="ieee"),
@@ -189,53 +203,60 @@ def turn_queries(
         tl.dot(b_sign, tl.floor(b_2 * b_more[None, :] + 0.5), input_precision="ieee"),
         tl.dot(b_sign, tl.floor(b_3 * b_more[None, :] + 0.5), input_precision="ieee"),
     )
-    dtype: tl.constexpr = p_query.dtype.element_ty
-    b_factor = (b_least * block_size(D) ** -0.5)[None, :]
-    b_0, b_1 = (b_0 * b_factor).to(dtype), (b_1 * b_factor).to(dtype)
-    b_2, b_3 = (b_2 * b_factor).to(dtype), (b_3 * b_factor).to(dtype)
-    return b_0, b_1, b_2, b_3, b_norm
-
-
-@triton.constexpr_function
-def widening(c, dtype):
-    """Instructions that make four numbers of two bits in the same places of four bytes."""
-    if dtype == tl.bfloat16:
-        shift = ("shl.b32 t, $2, 5", "shl.b32 t, $2, 3", "shl.b32 t, $2, 1", "shr.u32 t, $2, 1")[c]
-        mask, one = "0x60606060, 0x80808080", "0x3F3F3F3F"
-        low, high = "0x4140", "0x4342"
-    else:
-        shift = f"shr.u32 t, $2, {2 * c}"
-        mask, one = "0x03030303, 0x3C3C3C3C", "0"
-        low, high = "0x1404", "0x3424"
+    b_largest = tl.maximum(largest_of(b_0, b_1, b_2, b_3), 1.0)
+    b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
+    b_more = ((267 - b_exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+    b_less = ((b_exponent - 13) << 23).to(tl.float32, bitcast=True)
+    b_0, b_1 = tl.floor(b_0 * b_more + 0.5), tl.floor(b_1 * b_more + 0.5)
+    b_2, b_3 = tl.floor(b_2 * b_more + 0.5), tl.floor(b_3 * b_more + 0.5)
+    b_sum = tl.sum(b_0 + b_1, 0) + tl.sum(b_2 + b_3, 0)
+    b_size = b_least * (b_less * block_size(D) ** -0.5)
     return (
-        f"{{ .reg .b32 t; {shift}; lop3.b32 t, t, {mask}, 0xEA; "
-        f"prmt.b32 $0, t, {one}, {low}; prmt.b32 $1, t, {one}, {high}; }}"
+        limbs(b_0, o_n),
+        limbs(b_1, o_n),
+        limbs(b_2, o_n),
+        limbs(b_3, o_n),
+        firsts(1.5 * b_sum),
+        firsts(b_size),
+        firsts(b_norm),
     )
 
 
 @triton.jit
-def widen_levels(b_byte, C: tl.constexpr, dtype: tl.constexpr):
-    """Quarters of the levels of fourth C of bytes, in steps: two bits in the right place make a
-    number from 1 on."""
-    if dtype == tl.float32 or INTERPRETED:
-        return (((b_byte.to(tl.int32) >> 2 * C) & 3).to(tl.float32) * 0.25 - 0.375).to(dtype)
-    elif dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.bfloat16, is_pure=True, pack=4
-        ) - tl.full([], 1.375, tl.bfloat16)
-    else:
-        return tl.inline_asm_elementwise(
-            widening(C, dtype), "=r,=r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4
-        ) - tl.full([], 1.375, tl.float16)
+def largest_of(b_0, b_1, b_2, b_3):
+    """The largest magnitude in each column."""
+    b_even, b_odd = tl.maximum(tl.abs(b_0), tl.abs(b_2)), tl.maximum(tl.abs(b_1), tl.abs(b_3))
+    return tl.max(tl.maximum(b_even, b_odd), 0)
+
+
+@triton.constexpr_function
+def taking(c):
+    """Instructions that take two bits of each of four bytes."""
+    return f"{{ .reg .b32 t; shr.u32 t, $1, {2 * c}; and.b32 $0, t, 0x03030303; }}"
 
 
 @triton.jit
-def score_codes(p_stat, b_page, o_t, b_0, b_1, b_2, b_3, s_page, D: tl.constexpr, P: tl.constexpr):
-    """Scores of the rounded rests of keys, tokens o_t [N] of pages [N], in units, [N, GP].
+def take_levels(b_byte, C: tl.constexpr):
+    """Levels of fourth C of bytes, 0 to 3."""
+    if INTERPRETED:
+        return ((b_byte.to(tl.int32) >> 2 * C) & 3).to(tl.int8)
+    else:
+        return tl.inline_asm_elementwise(
+            taking(C), "=r,r", [b_byte], dtype=tl.int8, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def score_codes(
+    p_stat, b_page, o_t, b_0, b_1, b_2, b_3, b_shift, s_page, D: tl.constexpr, P: tl.constexpr
+):
+    """Scores of the rounded rests of keys, tokens o_t [N] of pages [N], in units of the query and
+    of the page, [N, GP]; exact, but for the product with the key's own units.
 
     p_stat: where pages have their statistics, s_page apart.
     """
     QP: tl.constexpr = b_0.shape[0]
+    GP: tl.constexpr = b_shift.shape[0]
     p_codes = p_stat + b_page.to(tl.int64) * s_page + D  # [N]
     o_q = tl.arange(0, QP)
     p_byte = p_codes[:, None] + (o_t * (D // 4))[:, None] + o_q[None, :]
@@ -244,27 +265,29 @@ def score_codes(p_stat, b_page, o_t, b_0, b_1, b_2, b_3, s_page, D: tl.constexpr
     else:
         b_byte = tl.load(p_byte, mask=(o_q < D // 4)[None, :], other=0)
     b_unit = tl.load(p_codes + P * (D // 4) + o_t).to(tl.float32)
-    dtype: tl.constexpr = b_0.dtype
-    b_z = tl.dot(widen_levels(b_byte, 0, dtype), b_0, input_precision="ieee")
-    b_z = tl.dot(widen_levels(b_byte, 1, dtype), b_1, b_z, input_precision="ieee")
-    b_z = tl.dot(widen_levels(b_byte, 2, dtype), b_2, b_z, input_precision="ieee")
-    b_z = tl.dot(widen_levels(b_byte, 3, dtype), b_3, b_z, input_precision="ieee")
-    return b_z * (4.0 * b_unit)[:, None]
+    b_limbs = tl.dot(take_levels(b_byte, 0), b_0, out_dtype=tl.int32)
+    b_limbs = tl.dot(take_levels(b_byte, 1), b_1, b_limbs, out_dtype=tl.int32)
+    b_limbs = tl.dot(take_levels(b_byte, 2), b_2, b_limbs, out_dtype=tl.int32)
+    b_limbs = tl.dot(take_levels(b_byte, 3), b_3, b_limbs, out_dtype=tl.int32)
+    b_high, b_low = tl.split(tl.reshape(b_limbs, [b_limbs.shape[0], GP, 2]))
+    # Levels are 1.5 steps below their number.
+    return ((b_high * 256 + b_low).to(tl.float32) - b_shift[None, :]) * b_unit[:, None]
 
 
 @triton.jit
 def highest_of_codes(
-    p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_unit, b_scale, b_slope, n, s_page,
+    p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_shift, b_unit, b_scale, b_slope, n, s_page,
     D: tl.constexpr, P: tl.constexpr, ALIBI: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """The largest score z of the rounded rests of keys in each page, [BP, GP], ALiBi included, and
     that of the shortened ones; the former is the latter where it is not asked for.
 
-    b_unit: [BP], what the pages' scales say of their units.
+    b_unit: [BP], what the pages' scales say of their units; b_scale: [GP], what makes whole numbers
+    of queries scores.
     BOUND: 0 if only the former is wanted, 1 for both, 2 for the latter.
     """
     BP: tl.constexpr = b_page.shape[0]
-    GP: tl.constexpr = b_0.shape[1]
+    GP: tl.constexpr = b_shift.shape[0]
     T: tl.constexpr = min(P, TOKENS)
     b_page = tl.reshape(tl.broadcast_to(b_page[:, None], [BP, T]), [BP * T])
     o_t = tl.arange(0, BP * T) % T
@@ -274,7 +297,7 @@ def highest_of_codes(
     b_highest = tl.full([BP, GP], -float("inf"), tl.float32)
     b_shorter = b_highest
     for i_t in tl.static_range(0, P, T):
-        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, s_page, D, P)
+        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, b_shift, s_page, D, P)
         b_z = tl.reshape(b_z, [BP, T, GP])
         if ALIBI:
             o_key = o_page[:, None] * P + (i_t + tl.arange(0, T))[None, :] - (n - 1)

@@ -251,14 +251,18 @@ def _list_pages(
         "s_head": cache.statistics.stride(1),
         # Of 16 bytes that end with the scales, from the statistics.
         "o_scales": 4 * cache.scales.storage_offset() - 4 - cache.statistics.storage_offset(),
-        "STAGES": 2,
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
     # One more says what rounding can do.
     boxes = (shape.page_splits + int(arguments["ROUNDED"]), *rows[1:])
     tiles = (shape.list_tiles, *rows[1:])
-    # Registers of which there are enough for four programs on a multiprocessor, or three.
-    most = {"maxnreg": 168 if shape.coded else 128} if shape.certified or shape.coded else {}
+    most: dict[str, Any] = {"STAGES": 2}
+    if shape.coded:
+        # A head has two columns of products of which there are at least 8.
+        most = {"STAGES": 3, "GP": max(4, shape.group_width)}
+    elif shape.certified:
+        # Registers of which there are enough for four programs on a multiprocessor.
+        most["maxnreg"] = 128
     if isinstance(selector, TopK):
         _chain(box_kernel, boxes, arguments, **most)
         if shape.long_rows:
@@ -274,7 +278,8 @@ def _list_pages(
     else:
         normal, root = NormalDist(), 1 / shape.page_size
         precision = "ieee" if arguments["p_query"].dtype == torch.float32 else "tf32"
-        _launch(model_kernel, rows, arguments, PRECISION=precision, num_warps=_warps(shape))
+        options = {"PRECISION": precision, "STAGES": 2, "num_warps": _warps(shape)}
+        _launch(model_kernel, rows, arguments, **options)
         _launch(
             cut_kernel,
             (shape.query_heads, shape.batch),

@@ -198,9 +198,13 @@ def box_kernel(
             tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
         return
     if CODES:
-        b_0, b_1, b_2, b_3, b_norm = turn_queries(
-            p_query, i_b, i_h, o_g, s_query_b, s_query_h, G, D, DP // 4
+        b_0, b_1, b_2, b_3, b_shift, b_size, b_norm = turn_queries(
+            p_query, i_b, i_h, s_query_b, s_query_h, G, GP, D, max(32, DP // 4)
         )
+        # Of each pair of columns one is that of a query.
+        o_n = tl.arange(0, 2 * GP)
+        o_n = tl.where(o_n % 2 == 0, o_n // 2, G)
+        b_q = load_queries(p_query, i_b, i_h, o_n, o_d, s_query_b, s_query_h, G, D)
     p_r = p_reach + i_row.to(tl.int64) * page_stride * GW + o_g[None, :]
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
@@ -217,8 +221,9 @@ def box_kernel(
         if CODES:
             b_center = load_center(p_stat, b_page, o_d, s_page, D)
             b_most, b_shorter = highest_of_codes(
-                p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_half_scale, b_scale, b_slope,
-                n, s_page, D, P, ALIBI, 2 if SHORTER else int(CERTIFY > 0),
+                p_stat, b_page, o_page, b_0, b_1, b_2, b_3, b_shift, b_half_scale,
+                b_size * b_scale, b_slope, n, s_page, D, P, ALIBI,
+                2 if SHORTER else int(CERTIFY > 0),
             )  # fmt: skip
             b_spread = b_norm[None, :] * (b_half_scale * (SPREAD_UNITS / span(D)))[:, None]
         else:
@@ -229,6 +234,8 @@ def box_kernel(
                 b_last = b_slope[None, :] * (o_first + P - 1)
                 b_most = tl.maximum(b_slope[None, :] * o_first, b_last)
         b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
+        if CODES:
+            b_center, b_none = tl.split(tl.reshape(b_center, [BP, GP, 2]))
         b_center *= b_center_scale[:, None]
         b_reach = (b_center + b_spread) * b_scale[None, :]  # [BP, GP]
         if ALIBI or CODES:

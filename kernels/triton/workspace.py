@@ -173,7 +173,7 @@ class Shape:
         """Pages whose statistics are scored together: 32 KiB of them where they are multiplied, at
         most 64 pages; fewer with codes, which are multiplied token by token."""
         if self.coded:
-            return 16
+            return 32
         return max(16, min(64, (1 << 14) // self.row_size))
 
     @cached_property

@@ -95,8 +95,9 @@ def test_boxes_are_those_of_the_reference_whatever_the_keys_are(kind, dtype):
     assert torch.equal(actual.statistics.cpu(), expected.statistics)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "head_size, dtype", [(64, torch.float32), (80, torch.float16), (128, DTYPES[-1])]
+)
 @pytest.mark.parametrize("kind", [*CODED_KINDS, "infinite and no number"])
 def test_codes_are_those_of_the_reference_whatever_the_keys_are(kind, head_size, dtype):
     random = torch.Generator().manual_seed(7)
