@@ -38,6 +38,8 @@ LENGTHS = (8192, 32768, 131072)
 SUPPORTS = (0.0005, 0.002, 0.01)
 """Shares of the keys that are in the support; instances take turns."""
 MARGINS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+CODED_MARGINS = (0.01, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+FIRST_PAGES = (4, 8, 32)
 REACHES = (1.0, 1.5, 1.75, 2.0, 2.25)
 QUANTILES = (0.1, 0.5, 0.9)
 GUARDS = (0.0, 1.1, 1.15, 1.3)
@@ -207,10 +209,11 @@ def selectors_for(length: int) -> dict[str, Selector]:
 def by_codes(length: int) -> dict[str, Selector]:
     """Those that go by codes of keys, and the paper's."""
     found: dict[str, Selector] = {"gaussian-paper": Gaussian(shared_spread=True)}
-    for margin in MARGINS:
+    for margin in CODED_MARGINS:
         found[f"adaptive by codes, margin {margin:g}"] = Adaptive(margin=margin, codes=True)
-    found["few first pages, margin 1"] = Adaptive(margin=1.0, first_pages=4, codes=True)
-    found["no guard, margin 1"] = Adaptive(margin=1.0, guard=0, codes=True)
+    for pages in FIRST_PAGES:
+        name = f"adaptive by codes, {pages} first pages"
+        found[name] = Adaptive(first_pages=pages, codes=True)
     for share in (0.015, 0.03, 0.0625, 0.125, 0.25):
         found[f"topk by codes, {share:.2%}"] = TopK(int(share * length), codes=True)
     found["pruned by codes"] = Exact(prune=True, codes=True)

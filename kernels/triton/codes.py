@@ -170,6 +170,13 @@ def firsts(b_pair):
 
 
 @triton.jit
+def first_columns(b_pair):
+    """The columns of [N, 2 * GP] that come first in their pair, [N, GP]."""
+    b_first, _ = tl.split(tl.reshape(b_pair, [b_pair.shape[0], b_pair.shape[1] // 2, 2]))
+    return b_first
+
+
+@triton.jit
 def limbs(b_whole, o_n):
     """Whole numbers [QP, 2 * GP] of 15 bits as sums of 256 times and once a number of 8 bits: the
     former of those in even columns, the latter in odd ones."""

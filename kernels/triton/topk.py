@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..reference.quest import LEAST_QUERY
-from .codes import SPREAD_UNITS, highest_of_codes, span, turn_queries
+from .codes import SPREAD_UNITS, first_columns, highest_of_codes, span, turn_queries
 from .nearest_long import SAMPLED
 from .pages import INTERPRETED, load_center, load_statistics, ranked_pages
 from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
@@ -235,7 +235,7 @@ def box_kernel(
                 b_most = tl.maximum(b_slope[None, :] * o_first, b_last)
         b_center = tl.dot(b_center.to(b_q.dtype), b_q, input_precision="ieee")
         if CODES:
-            b_center, b_none = tl.split(tl.reshape(b_center, [BP, GP, 2]))
+            b_center = first_columns(b_center)
         b_center *= b_center_scale[:, None]
         b_reach = (b_center + b_spread) * b_scale[None, :]  # [BP, GP]
         if ALIBI or CODES:

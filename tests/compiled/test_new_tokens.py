@@ -17,7 +17,7 @@ from entmaxkv_kernels import (
     decode,
     split_pages,
 )
-from entmaxkv_kernels.pages import FP8
+from entmaxkv_kernels.pages import CODES, FP8
 from entmaxkv_kernels.triton import decode_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
@@ -25,7 +25,7 @@ from .device import DEVICE
 
 PAGE = 16
 ON_GPU = DEVICE == "cuda"
-KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 64)
+KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 16)
 SHARED = ("key_scale", "value_scale", "counters", "implementation")
 """What append and decode are both given."""
 STEPS, REPLAYS = (8, 25) if ON_GPU else (2, 1)
@@ -70,7 +70,9 @@ class Sequences:
         width = -(-most // page_size)
         fp8 = "key_scale" in options
         scales = {name: options[name] for name in options if name.endswith("_scale")}
-        layout = PageLayout(page_size, HEAD_SIZE, selector.statistics, fp8=fp8)
+        # Smaller keys have no codes.
+        head_size = max(64, HEAD_SIZE) if selector.statistics == CODES else HEAD_SIZE
+        layout = PageLayout(page_size, head_size, selector.statistics, fp8=fp8)
         dtype = FP8 if fp8 else DTYPE
         pool = allocate_pages(1 + len(lengths) * width, KV_HEADS, layout, dtype, DEVICE)
         self.cache = split_pages(pool, layout)
@@ -88,14 +90,14 @@ class Sequences:
         for row, length in enumerate(lengths):
             slots = torch.arange(length, device=DEVICE)
             slots = self.table[row].long()[slots // page_size] * page_size + slots % page_size
-            rows = normal(2, length, KV_HEADS, HEAD_SIZE)
+            rows = normal(2, length, KV_HEADS, head_size)
             append(self.cache, *rows, slots, implementation="triton", **scales)
-        self.query = normal(STEPS, len(lengths), KV_HEADS * GROUP, HEAD_SIZE)
+        self.query = normal(STEPS, len(lengths), KV_HEADS * GROUP, head_size)
         # Large ones, of which every step's output tells which it saw.
-        self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
-        self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, HEAD_SIZE)
+        self.key = 2 * normal(STEPS, len(lengths), KV_HEADS, head_size)
+        self.value = 50 * normal(STEPS, len(lengths), KV_HEADS, head_size)
         self.out = torch.full_like(self.query, torch.nan)
-        shape = KV_HEADS * GROUP, KV_HEADS, HEAD_SIZE, page_size, dtype, width * page_size
+        shape = KV_HEADS * GROUP, KV_HEADS, head_size, page_size, dtype, width * page_size
         size = decode_workspace_size(
             len(lengths),
             *shape,
@@ -108,7 +110,7 @@ class Sequences:
         if options.pop("certify", False):
             self.certificate = torch.full(self.query.shape[:3], torch.nan, device=DEVICE)
         self.options = {
-            "scale": HEAD_SIZE**-0.5,
+            "scale": head_size**-0.5,
             "exact_rows": torch.arange(len(lengths), device=DEVICE) == 0,
             "counters": torch.zeros(len(Counter), dtype=torch.int64, device=DEVICE),
             "alpha": 1.5,
