@@ -256,6 +256,11 @@ SCHEDULING = (
         gpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
     ),
     Line(
+        "codes of keys in place of boxes (`codes`)",
+        engine=options(selector="topk", codes=True),
+        cpu=f"{OPTIONS}test_every_selector_and_page_size_answers_right_while_leaving_pages_unread",
+    ),
+    Line(
         "counters of what steps prove (`certificate`)",
         engine=options(selector="topk", certificate=True),
         cpu=f"{OPTIONS}test_certificates_count_every_query_head_of_every_step_once",

@@ -12,7 +12,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "guide.md"
 KERNELS = "decode-h200.json"
 SERVING = tuple(
-    f"serving-h200{kind}.json" for kind in ("", "-compiled", "-captures", "-wide", "-appended")
+    f"serving-h200{kind}.json"
+    for kind in ("", "-compiled", "-captures", "-wide", "-one", "-appended")
 )
 """Later runs replace what earlier ones have of the same."""
 

@@ -12,7 +12,8 @@ from entmaxkv_kernels.triton.decode import decode, step_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+ON_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 """Triton's interpreter multiplies bf16 matrices wrongly."""
 
 

@@ -7,7 +7,7 @@ from reference.scene import make_fp8_scene
 from entmaxkv_kernels import Adaptive, Counter, Exact
 from entmaxkv_kernels.triton import decode_workspace_size, workspace
 
-from .device import DEVICE, DTYPES, Step
+from .device import DEVICE, DTYPES, ON_GPU, Step
 from .test_sparse import RAGGED, check, sparse_scene
 
 PRUNE = Exact(prune=True, first_pages=4)
@@ -131,7 +131,7 @@ def test_heads_have_their_own_alpha_and_slope(selector):
     check_pruned(sparse_scene(selector, coherence=0.99), alpha=MIXED, alibi_slopes=SLOPES)
 
 
-@prunes
+@pytest.mark.parametrize("selector", [PRUNE, BY_CODES] if ON_GPU else [PRUNE], ids=str)
 @pytest.mark.parametrize(
     "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
 )

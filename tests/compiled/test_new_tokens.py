@@ -21,10 +21,9 @@ from entmaxkv_kernels.pages import CODES, FP8
 from entmaxkv_kernels.triton import decode_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
-from .device import DEVICE
+from .device import DEVICE, ON_GPU
 
 PAGE = 16
-ON_GPU = DEVICE == "cuda"
 KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 16)
 SHARED = ("key_scale", "value_scale", "counters", "implementation")
 """What append and decode are both given."""

@@ -7,7 +7,7 @@ from reference.scene import make_scene
 from entmaxkv_kernels import Adaptive, Counter, Gaussian, TopK
 from entmaxkv_kernels.triton import workspace
 
-from .device import DTYPES, Step
+from .device import DTYPES, ON_GPU, Step
 
 RAGGED = [0, 1, 16, 17, 500, 300]
 MATCHED = [Counter.STEPS, Counter.SPARSE_STEPS, Counter.PAGES_HELD, Counter.QUERY_HEADS]
@@ -19,17 +19,16 @@ dtypes_and_alphas = pytest.mark.parametrize(
     ids="{}".format,
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-selectors = pytest.mark.parametrize(
-    "selector",
-    [
-        TopK(64),
-        Gaussian(),
-        Adaptive(reach=1.0, first_pages=4, guard=0),
-        TopK(64, codes=True),
-        Adaptive(reach=1.0, first_pages=4, codes=True),
-    ],
-    ids=lambda selector: f"{selector.name}-by-{selector.statistics[-1]}",
-)
+
+
+def parametrized(selectors):
+    ids = [f"{selector.name}-by-{selector.statistics[-1]}" for selector in selectors]
+    return pytest.mark.parametrize("selector", selectors, ids=ids)
+
+
+BY_CODES = [TopK(64, codes=True), Adaptive(reach=1.0, first_pages=4, codes=True)]
+SELECTORS = [TopK(64), Gaussian(), Adaptive(reach=1.0, first_pages=4, guard=0)]
+selectors = parametrized(SELECTORS + BY_CODES * ON_GPU)
 
 
 def sparse_scene(selector, lengths=RAGGED, **options):
@@ -79,7 +78,7 @@ def check(selector, scene, **options):
 
 
 @dtypes_and_alphas
-@selectors
+@parametrized(SELECTORS + BY_CODES)
 def test_the_pages_are_those_of_the_reference(selector, alpha, dtype):
     if alpha == 1 and isinstance(selector, Gaussian | Adaptive):
         pytest.skip("softmax has no threshold to reach")
@@ -100,7 +99,7 @@ def test_every_shape_of_heads_and_pages_is_served(
     check(selector, sparse_scene(selector, lengths, page_size=page_size, **shape))
 
 
-@selectors
+@parametrized(SELECTORS + BY_CODES)
 def test_heads_have_their_own_alpha_and_slope(selector):
     alpha = torch.tensor([1.25, 1.5, 2.0, 4 / 3], dtype=torch.float64)
     slopes = torch.tensor([0.5, 0.0, 0.05, 0.004])

@@ -39,7 +39,11 @@ def options(**values):
     [
         pytest.param({"selector": "topk", "token_budget": 512}, 16, id="topk"),
         pytest.param({"selector": "gaussian", "page_size": 32}, 32, id="page-of-32"),
-        pytest.param({"selector": "topk", "token_budget": 512, "page_size": 64}, 64, id="of-64"),
+        pytest.param(
+            {"selector": "topk", "token_budget": 512, "page_size": 64, "codes": True},
+            64,
+            id="codes-of-64",
+        ),
         pytest.param({"selector": "gaussian-paper"}, 16, id="gaussian-paper"),
         pytest.param({"selector": "adaptive", "certificate": True}, 16, id="adaptive"),
         pytest.param({"selector": "exact", "prune": True}, 16, id="exact, pruned"),
