@@ -135,7 +135,8 @@ class Adaptive:
     codes: go by codes of the keys, as for `TopK`: what stands for the center is the largest score
         of the rounded keys of a page, and for half-widths its spread, which is about what rounding
         moves scores by. That is the same for all models: scores are taken to reach CODED_REACH
-        spreads, times the margin, and isolated keys need no guard.
+        spreads, times the margin. No guard is needed but for pages of keys that are no numbers,
+        which are read.
     """
 
     margin: float = 1.25
@@ -163,9 +164,10 @@ class Adaptive:
         return self.reach
 
     @property
-    def guarded(self) -> bool:
-        """Whether pages that stand out are judged by their bounds."""
-        return self.guard > 0 and not self.codes
+    def guard_in_force(self) -> float:
+        """Times the mean of its neighbours' radii above which a page is judged by its bound; 0 for
+        no guard, infinite if only pages without a bound are."""
+        return math.inf if self.codes else self.guard
 
     @property
     def statistics(self) -> tuple[str, ...]:

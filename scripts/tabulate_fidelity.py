@@ -10,6 +10,7 @@ from tables import put_tables, table_lines
 from tabulate_selectors import (
     RESULTS,
     Row,
+    codes_tables,
     load,
     made_on,
     number,
@@ -177,6 +178,8 @@ def tables() -> str:
     demo = load(DEMO)
     lines = [
         *study_tables(),
+        "",
+        *codes_tables(),
         "",
         *trained_tables(),
         *perplexity_tables(),

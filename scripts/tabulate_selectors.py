@@ -9,7 +9,9 @@ from tables import table_lines
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 STUDY = RESULTS / "fidelity-selectors.json"
+CODES_STUDY = RESULTS / "fidelity-codes.json"
 PAPER = "gaussian-paper"
+CODED = "adaptive by codes, margin 1.25"
 DEFAULT = "adaptive, margin 1.25"
 NEEDLE_SELECTORS = [PAPER, DEFAULT, "adaptive, margin 1.1"]
 NEEDLE_SELECTORS += [f"guard {guard}, margin 1.1" for guard in ("0", "1.1", "1.15", "1.3")]
@@ -45,7 +47,8 @@ def cells(row: Row | None) -> tuple[str, ...]:
 def at_equal_pages(rows: list[Row], pages: float) -> Row | None:
     """Of the adaptive rows the one that reads most, but at most 5% more pages, if any does."""
     most = 1.05 * pages
-    fitting = [r for r in rows if r["selector"].startswith("adaptive") and r["pages_read"] <= most]
+    adaptive = (row for row in rows if row["selector"].startswith("adaptive"))
+    fitting = [row for row in adaptive if row["pages_read"] <= most]
     return max(fitting, key=lambda row: row["pages_read"], default=None)
 
 
@@ -59,6 +62,36 @@ def study_row(rows: list[Row]) -> tuple[str, ...]:
     equal = at_equal_pages(rows, paper["pages_read"])
     margin = "-" if equal is None else equal["selector"].removeprefix("adaptive, margin ")
     return (*cells(paper), margin, *cells(equal), *cells(by_name[DEFAULT]))
+
+
+def codes_tables() -> Iterator[str]:
+    """What selectors drop that go by codes of keys."""
+    result = load(CODES_STUDY)
+    yield from ["### The same by codes of keys", "", made_on(result, CODES_STUDY), ""]
+    lines: list[tuple[object, ...]] = []
+    for keys, length in dict.fromkeys((r["keys"], r["length"]) for r in result["synthetic"]):
+        here = [r for r in result["synthetic"] if (r["keys"], r["length"]) == (keys, length)]
+        plain, needle = (
+            {row["selector"]: row for row in here if row["needle"] == wanted}
+            for wanted in (False, True)
+        )
+        equal = at_equal_pages(list(plain.values()), plain[PAPER]["pages_read"])
+        lines.append(
+            (
+                keys,
+                length,
+                *cells(plain[PAPER])[:2],
+                *cells(equal)[:2],
+                *cells(plain[CODED]),
+                missed(needle[PAPER]),
+                missed(needle[CODED]),
+                f"{plain['pruned by codes']['pages_read']:.1%}",
+            )
+        )
+    titles = ["keys", "length", "`gaussian-paper` reads", "drops"]
+    titles += ["`adaptive` at equal pages reads", "drops", "`adaptive` reads", "drops", "recall"]
+    titles += ["needles missed by `gaussian-paper`", "by `adaptive`", "`prune` reads"]
+    yield from table_lines(titles, lines)
 
 
 STUDY_TITLES = ["`gaussian-paper` reads", "drops", "recall"]

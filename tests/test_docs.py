@@ -196,6 +196,25 @@ def test_the_guard_of_adaptive_misses_hardly_a_needle():
     assert max(row["needles_missed"] for row in default) < 0.1
 
 
+def test_by_codes_adaptive_drops_no_more_at_equal_pages_anywhere_and_misses_no_needle():
+    result = json.loads(tabulate_selectors.CODES_STUDY.read_text())
+    places = {(row["keys"], row["length"]) for row in result["synthetic"]}
+    assert len(places) == 18
+    for place in places:
+        here = [r for r in result["synthetic"] if (r["keys"], r["length"]) == place]
+        plain, needle = (
+            {row["selector"]: row for row in here if row["needle"] == wanted}
+            for wanted in (False, True)
+        )
+        paper = plain["gaussian-paper"]
+        ours = tabulate_selectors.at_equal_pages(list(plain.values()), paper["pages_read"])
+        assert ours["dropped_mass"] < max(paper["dropped_mass"], 1e-12)
+        default = plain[tabulate_selectors.CODED]
+        assert default["dropped_mass"] < 1e-4 and default["support_recall"] > 0.994
+        assert needle[tabulate_selectors.CODED]["needles_missed"] == 0
+        assert plain["pruned by codes"]["dropped_mass"] == 0
+
+
 def test_entmax_drops_less_than_softmax_at_every_budget_and_no_bound_is_below_the_truth():
     rows = {
         (name, row["context"], row["selector"], row["layer"]): row

@@ -118,7 +118,10 @@ def _rows(part: str, checkpoint: Checkpoint, args: argparse.Namespace) -> Iterat
     longest = max(args.contexts) + ROOM[part]
     batch = 1 if part == "attention" else args.batch
     kept = page_statistics(args.selectors)
-    paged = PagedModel(checkpoint.model, checkpoint.alpha, batch, longest, kept)
+    try:
+        paged = PagedModel(checkpoint.model, checkpoint.alpha, batch, longest, kept)
+    except ValueError as error:
+        raise EvaluationError(f"the model's pages: {error}") from error
     selectors, contexts = args.selectors, args.contexts
     with tqdm(total=units, desc=part, disable=None, leave=False) as bar:
         watched: dict[str, Any] = {"over": lambda: time.monotonic() > end, "done": bar.update}

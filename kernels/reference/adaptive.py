@@ -15,8 +15,8 @@ a key lies at the edge of its page's box in most of them, so that the page's rad
 those of its neighbours. Pages of which that is true are judged by their bounds. With bounds in
 place of all estimates only pages without weight are left out: so prunes exact decoding.
 
-With codes nothing has to be learnt from first pages, and no page needs a guard: how far scores
-reach above those of rounded keys is what rounding does, whatever the keys are.
+With codes nothing has to be learnt from first pages, and no page needs a guard but one that has no
+bound: how far scores reach above those of rounded keys is what rounding does, for all numbers.
 """
 
 import torch
@@ -58,8 +58,8 @@ def adaptive_pages(
     if reach is None:
         reach = selector.margin * furthest(candidates, first, scores)[..., None]
     wanted = ~(page_reaches(candidates, reach) <= lowest)
-    if selector.guarded:
-        outlying = outlying_pages(candidates, selector.guard)[:, :, None]
+    if selector.guard_in_force:
+        outlying = outlying_pages(candidates, selector.guard_in_force)[:, :, None]
         wanted |= outlying & ~(radius_bounds(candidates) <= lowest)
     return wanted.any(2).scatter(-1, first.flatten(2), True) & candidates.ranked[:, None]
 

@@ -123,11 +123,11 @@ def _powers_of_two(one: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[Tens
 def codes_of(key: Tensor, valid: Tensor) -> Codes:
     """Of the keys [..., rows, head_size] that are valid [..., rows, 1]; others count as the mean.
 
-    A NaN counts as 0 in the mean, and then as the mean. The radius is infinite if a key is not
-    finite.
+    A NaN counts as 0 in the mean, and then as the mean. The radius is infinite if a key is beyond
+    LARGEST or no number.
     """
     head_size, dtype = key.shape[-1], key.dtype
-    finite = ((key.abs() < torch.inf) | ~valid).flatten(-2).all(-1, keepdim=True)
+    finite = ((key.abs() <= LARGEST) | ~valid).flatten(-2).all(-1, keepdim=True)
     number = valid & ~key.isnan()
     key = key.clamp(-LARGEST, LARGEST).masked_fill(~number, 0)
     count = valid.sum(-2).to(dtype)

@@ -78,7 +78,7 @@ def code_keys(p_codes, b_key, m_row, count, D: tl.constexpr):
     p_codes, and returns the center [DP], its scale, that of the units and the radius."""
     P: tl.constexpr = b_key.shape[0]
     QP: tl.constexpr = b_key.shape[1] // 4
-    m_finite = (tl.abs(b_key) < float("inf")) | ~m_row
+    m_finite = (tl.abs(b_key) <= KEY_MAX) | ~m_row
     unbounded = tl.max(tl.max((~m_finite).to(tl.int32), 1))
     m_number = m_row & (b_key == b_key)
     b_key = tl.minimum(tl.maximum(tl.where(m_number, b_key, 0.0), -KEY_MAX), KEY_MAX)

@@ -336,9 +336,9 @@ def _estimate(selector: Adaptive | Exact) -> dict[str, Any]:
     return {
         "margin": float(selector.margin),
         "reach": 1.0 if reach is None else float(reach),
-        "guard": float(selector.guard),
+        "guard": float(selector.guard_in_force),
         "OWN_REACH": reach is None,
-        "GUARDED": selector.guarded,
+        "GUARDED": selector.guard_in_force > 0,
     }
 
 

@@ -96,6 +96,7 @@ def compare(pages, rows) -> int:
 
 def compare_pages(pages, ids, rows) -> None:
     """Statistics of pages [pages] are those of their keys [pages, kv_heads, rows, D]."""
+    assert not pages.layout.coded
     if pages.layout.bounded:
         statistics, scales = box_around(rows, torch.ones(rows.shape[-2], 1, dtype=torch.bool))
         assert torch.equal(pages.statistics[ids].float(), statistics.float())

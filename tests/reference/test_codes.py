@@ -16,6 +16,7 @@ from entmaxkv_kernels import (
     split_pages,
 )
 from entmaxkv_kernels.pages import BOX, CODES
+from entmaxkv_kernels.reference.boxes import LARGEST
 from entmaxkv_kernels.reference.candidates import Candidates
 from entmaxkv_kernels.reference.codes import (
     ERROR_STEPS,
@@ -53,12 +54,14 @@ def keys_to_code(kind, head_size, random, page_size=16):
         "all lengths": key * 10 ** (6 * torch.rand(shape[0], 1, 1, generator=random).double() - 3),
         "tiny": 1e-43 * key,
         "huge": (1e37 * key).clamp(-8e37, 8e37),
+        "past what has a bound": (1e38 * key).clamp(-3e38, 3e38),
         "the largest of fp8": (100 * key).sign() * 448,
     }[kind]
 
 
 KINDS = ["normal", "one long", "far from zero", "equal", "zero", "one channel", "one sign"]
 KINDS += ["a row of the rotation", "all lengths", "tiny", "huge", "the largest of fp8"]
+KINDS += ["past what has a bound"]
 
 
 def coded_pages(key, dtype):
@@ -100,10 +103,12 @@ def test_no_key_lies_further_off_its_rounded_one_than_the_radius(kind, head_size
         cache, key = coded_pages(keys_to_code(kind, head_size, random, page_size), dtype)
         error = (key - rounded_keys(cache, SHORTENED)).norm(dim=-1).amax(0)
         radius = cache.scales[0, :, 2].double() * largest_steps(cache) / SPREADS
-        assert (error < radius).all() and radius.isfinite().all()
+        assert (error < radius).all()
+        bounded = key.abs().amax((0, 2)) <= LARGEST
+        assert torch.equal(radius.isfinite(), bounded)
         # Little more, but for what queries of 16 bits lose and squares are rounded up by.
         lost = (2.01 * 2.0**-7 + ERROR_STEPS**-0.5) * head_size**0.5 * largest_steps(cache)
-        assert (radius <= 1.02 * error + lost + 1e-28).all()
+        assert (radius <= 1.02 * error + lost + 1e-28)[bounded].all()
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -112,7 +117,9 @@ def test_both_scales_bound_all_channels(kind, head_size):
     random = torch.Generator().manual_seed(2)
     cache, key = coded_pages(keys_to_code(kind, head_size, random), torch.float32)
     scales = cache.scales[0].double()
-    rest = key - (cache.statistics[0, :, 0, :head_size].double() * scales[:, :1])
+    # Beyond LARGEST, keys count as that.
+    rest = key.clamp(-LARGEST, LARGEST)
+    rest = rest - (cache.statistics[0, :, 0, :head_size].double() * scales[:, :1])
     assert (rest.abs().amax((0, 2)) <= MOST_UNITS * scales[:, 1]).all()
 
 
@@ -279,6 +286,31 @@ def test_pruning_by_codes_leaves_out_what_boxes_cannot():
         assert (report.dropped_mass == 0).all()
         read[statistics] = report.selected.double().mean()
     assert read[CODES] < 0.5 * read[BOX]
+
+
+def test_pages_of_keys_that_are_no_numbers_are_read():
+    scene = make_scene([700], kv_heads=1, group=1, head_size=64, statistics=CODES, spread=4)
+    # Without its NaN the page is one that nobody wants.
+    scene.key[0][80:96] = -2 * scene.query[0][-1]
+    scene.key[0][83, 0, 5] = math.nan
+    scene.append_all()
+    read = analyze(scene, Adaptive(codes=True, first_pages=4)).selected[0, 0]
+    assert read[5] and not read.all()
+
+
+def test_a_key_past_what_has_a_bound_leaves_no_proof():
+    scene = make_scene(
+        [640], kv_heads=1, group=1, head_size=64, statistics=CODES, dtype=torch.float32
+    )
+    random = torch.Generator().manual_seed(0)
+    scene.key[0] = 1e30 * torch.randn(640, 1, 64, generator=random)
+    scene.key[0][100, 0, 5], scene.key[0][339, 0, 6:8] = 3.3e38, 8e37
+    scene.query[0][-1] = 1e-6 * ((torch.arange(64) >= 5) & (torch.arange(64) < 8))
+    scene.append_all()
+    scene.scale = 1.0
+    report = analyze(scene, Exact(prune=True, codes=True))
+    assert report.dropped_mass.item() == 0
+    assert report.selected[0, 0, 6]
 
 
 @pytest.mark.parametrize("head_size", [32, 66, 260])
