@@ -5,8 +5,8 @@ For keys of several kinds and random queries with the wanted support: the exact 
 pages that `topk` chooses by boxes that are not rounded to 8 bits, too. Prints the table of
 docs/kernels.md.
 
-"2-bit codes" is a rule that is not served: keys less the center of their page's box, rotated by a
-Hadamard matrix, as two bits a channel and one step a page. "Weight" knows what each page holds: no
+"2-bit codes" is what codes of keys were before they were served: keys less the center of their
+page's box, rotated by a Hadamard matrix, as two bits a channel and one step a page. "Weight" knows what each page holds: no
 rule leaves out less.
 """
 
