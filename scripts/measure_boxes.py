@@ -6,8 +6,8 @@ pages that `topk` chooses by boxes that are not rounded to 8 bits, too. Prints t
 docs/kernels.md.
 
 "2-bit codes" is what codes of keys were before they were served: keys less the center of their
-page's box, rotated by a Hadamard matrix, as two bits a channel and one step a page. "Weight" knows what each page holds: no
-rule leaves out less.
+page's box, rotated by a Hadamard matrix, as two bits a channel and one step a page. "Weight" knows
+what each page holds: no rule leaves out less.
 """
 
 import argparse

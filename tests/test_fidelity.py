@@ -199,7 +199,8 @@ def test_an_evaluation_has_every_part_and_its_bounds_hold(folder, tmp_path):
     assert rows["topk:64", 0]["dropped_mass"]["mean"] > 0.01
     saved = torch.load(tmp_path / "inputs-690-1.pt")
     assert saved["keys"].shape[:2] == (2, 2) and saved["queries"].shape[:2] == (2, 12)
-    recorded = list(study_selectors.study_recorded(tmp_path / "inputs-690-1.pt", 6))
+    compared = study_selectors.selectors_for
+    recorded = list(study_selectors.study_recorded(tmp_path / "inputs-690-1.pt", 6, compared))
     assert {row["layer"] for row in recorded} == {0, 1, "all"}
 
 
