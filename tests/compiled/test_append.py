@@ -96,10 +96,12 @@ def test_boxes_are_those_of_the_reference_whatever_the_keys_are(kind, dtype):
 
 
 @pytest.mark.parametrize(
-    "head_size, dtype", [(64, torch.float32), (80, torch.float16), (128, DTYPES[-1])]
+    "head_size, dtype, kind",
+    [(64, torch.float32, kind) for kind in (*CODED_KINDS, "infinite and no number")]
+    + [(80, torch.float16, "all lengths"), (112, torch.float32, "one long")]
+    + [(size, dtype, "normal") for size in (128, 256) for dtype in DTYPES],
 )
-@pytest.mark.parametrize("kind", [*CODED_KINDS, "infinite and no number"])
-def test_codes_are_those_of_the_reference_whatever_the_keys_are(kind, head_size, dtype):
+def test_codes_are_those_of_the_reference_whatever_the_keys_are(head_size, dtype, kind):
     random = torch.Generator().manual_seed(7)
     layout = PageLayout(16, head_size, CODES)
     expected = split_pages(allocate_pages(4, 4, layout, dtype), layout)
