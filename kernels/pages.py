@@ -152,8 +152,9 @@ class PagedCache(NamedTuple):
     layout: PageLayout
 
     def read_statistics(self, page: Tensor, dtype: torch.dtype) -> Tensor:
-        """The statistics of pages [...], but no codes, as numbers
-        [..., kv_heads, len(layout.statistics), head_size]."""
+        """The statistics of pages [...] as numbers, [..., kv_heads, len(layout.statistics),
+        head_size]; codes are read by `unpack`."""
+        assert not self.layout.coded
         statistics = self.statistics[page].to(dtype)
         if self.layout.bounded:
             statistics *= self.scales[page][..., :2, None].to(dtype)

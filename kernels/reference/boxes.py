@@ -82,12 +82,15 @@ def _mean(key: Tensor, count: Tensor, largest: Tensor) -> Tensor:
     them is exact in fp32, in whatever order they are added up.
     """
     exponent = largest.clamp(SMALLEST, LARGEST).float().view(torch.int32) >> 23
-    # Powers of two, by their bits: what the keys are multiplied by, and its reciprocal.
-    more, less = (
-        (x << 23).view(torch.float32).to(key.dtype) for x in (269 - exponent, exponent - 15)
-    )
+    more, less = powers_of_two(269 - exponent, exponent - 15, key.dtype)
     total = (key * more[..., None, :] + 0.5).floor().sum(-2)
     return total * (1 / count) * less
+
+
+def powers_of_two(one: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A power of two and its reciprocal, of these exponents as fp32 holds them."""
+    more, less = ((x << 23).view(torch.float32).to(dtype) for x in (one, other))
+    return more, less
 
 
 def _scale_of(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .boxes import LARGEST, RADIUS_WIDENED, SMALLEST, rounded_mean
+from .boxes import LARGEST, RADIUS_WIDENED, SMALLEST, powers_of_two, rounded_mean
 
 MOST_UNITS = 127
 """The steps of the keys of a page are so many units at most."""
@@ -110,14 +110,8 @@ def turn(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors [..., head_size], of no channel larger than `largest`, rotated, but for the factor,
     as whole numbers of 16 bits, and what one is."""
     exponent = largest.clamp_min(SMALLEST).float().view(torch.int32) >> 23
-    more, least = _powers_of_two(268 - exponent, exponent - 14, x.dtype)
+    more, least = powers_of_two(268 - exponent, exponent - 14, x.dtype)
     return (x * more + 0.5).floor() @ rotation(x.shape[-1], x), least
-
-
-def _powers_of_two(one: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A power of two and its reciprocal, of these exponents in fp32."""
-    more, less = ((x << 23).view(torch.float32).to(dtype) for x in (one, other))
-    return more, less
 
 
 def codes_of(key: Tensor, valid: Tensor) -> Codes:
@@ -138,7 +132,7 @@ def codes_of(key: Tensor, valid: Tensor) -> Codes:
     # Once more as whole numbers, of 8 bits of each key's largest: sums of squares are exact, too.
     size = turned.abs()
     exponent = size.amax(-1, keepdim=True).clamp_min(1).float().view(torch.int32) >> 23
-    more, less = _powers_of_two(261 - exponent, exponent - 7, dtype)
+    more, less = powers_of_two(261 - exponent, exponent - 7, dtype)
     whole = (size * more + 0.5).floor()
     large = whole >= whole.sum(-1, keepdim=True) * (STEP_OF_MEAN / head_size)
     magnitude = torch.where(large, 1.5, 0.5).to(dtype)
@@ -185,6 +179,6 @@ def turn_queries(query: Tensor) -> tuple[Tensor, Tensor]:
     """Queries [..., head_size] rotated, as whole numbers of 15 bits, and what one is, [..., 1]."""
     turned, least = turn(query, query.abs().amax(-1, keepdim=True))
     exponent = turned.abs().amax(-1, keepdim=True).clamp_min(1).float().view(torch.int32) >> 23
-    more, less = _powers_of_two(267 - exponent, exponent - 13, query.dtype)
+    more, less = powers_of_two(267 - exponent, exponent - 13, query.dtype)
     factor = less * (block_size(query.shape[-1]) ** -0.5)
     return (turned * more + 0.5).floor(), least * factor

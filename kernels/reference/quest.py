@@ -82,9 +82,8 @@ def page_spreads(candidates: Candidates) -> Tensor:
     times the spreads."""
     query, factor, unit = candidates.query, _factor(candidates), candidates.half_scales
     if candidates.codes is not None:
-        assert unit is not None
-        spread = unit.mT * (MOST_UNITS / SPREADS / span(query.shape[-1]))
-        return query.norm(dim=-1, keepdim=True) * spread * factor
+        spread = candidates.codes.scales[..., 1:2] * (MOST_UNITS / SPREADS / span(query.shape[-1]))
+        return query.norm(dim=-1, keepdim=True) * spread.mT * factor
     assert candidates.statistics is not None
     half_width = candidates.statistics[1]
     if unit is None:

@@ -77,12 +77,13 @@ def select_pages(
         if cache.layout.coded:
             kept, scales = (x[ids].transpose(1, 2) for x in (cache.statistics, cache.scales))
             codes = unpack(kept, scales, page_size, dtype)
+            radius = codes.scales[..., 2:]
         else:
             statistics = cache.read_statistics(ids, dtype).permute(3, 0, 2, 1, 4)
-        if cache.layout.bounded:
-            half_scales, radius = (
-                cache.scales[ids, :, place].mT[..., None].to(dtype) for place in (1, 2)
-            )
+            if cache.layout.bounded:
+                half_scales, radius = (
+                    cache.scales[ids, :, place].mT[..., None].to(dtype) for place in (1, 2)
+                )
         candidates = Candidates(
             query[rows].to(dtype).unflatten(1, (kv_heads, -1)),
             statistics,

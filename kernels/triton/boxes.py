@@ -32,12 +32,17 @@ def scale_of(b_x):
 
 
 @triton.jit
+def power_of_two(b_exponent):
+    """The power of two of an exponent as fp32 holds it."""
+    return (b_exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mean_of(b_key, count, b_largest):
     """Means of `count` keys, the others of b_key [P, DP] being 0; see `reference/boxes.py`."""
     b_largest = tl.minimum(tl.maximum(b_largest, KEY_MIN), KEY_MAX)
     b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
-    b_more = ((269 - b_exponent) << 23).to(tl.float32, bitcast=True)
-    b_less = ((b_exponent - 15) << 23).to(tl.float32, bitcast=True)
+    b_more, b_less = power_of_two(269 - b_exponent), power_of_two(b_exponent - 15)
     b_whole = tl.floor(b_key * b_more[None, :] + 0.5)
     return tl.sum(b_whole, 0) * tl.div_rn(1.0, count) * b_less
 

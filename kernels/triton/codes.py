@@ -20,7 +20,7 @@ from ..reference.codes import (
     slack,
     span,
 )
-from .boxes import KEY_MAX, KEY_MIN, WIDENED_RADIUS, rounded_mean
+from .boxes import KEY_MAX, KEY_MIN, WIDENED_RADIUS, power_of_two, rounded_mean
 from .pages import INTERPRETED
 
 UNITS = tl.constexpr(MOST_UNITS)
@@ -68,8 +68,7 @@ def whole_units(b_largest):
     """What vectors of no channel larger than b_largest are multiplied by to become whole numbers of
     16 bits, and its reciprocal: powers of two."""
     b_exponent = tl.maximum(b_largest, KEY_MIN).to(tl.int32, bitcast=True) >> 23
-    b_more = ((268 - b_exponent) << 23).to(tl.float32, bitcast=True)
-    return b_more, ((b_exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return power_of_two(268 - b_exponent), power_of_two(b_exponent - 14)
 
 
 @triton.jit
@@ -121,7 +120,7 @@ def find_steps(b_0, b_1, b_2, b_3, D: tl.constexpr):
     b_0, b_1, b_2, b_3 = tl.abs(b_0), tl.abs(b_1), tl.abs(b_2), tl.abs(b_3)
     b_largest = tl.maximum(tl.max(tl.maximum(b_0, b_1), 1), tl.max(tl.maximum(b_2, b_3), 1))
     b_exponent = tl.maximum(b_largest, 1.0).to(tl.int32, bitcast=True) >> 23
-    b_more = ((261 - b_exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    b_more = power_of_two(261 - b_exponent)[:, None]
     b_0, b_1 = tl.floor(b_0 * b_more + 0.5), tl.floor(b_1 * b_more + 0.5)
     b_2, b_3 = tl.floor(b_2 * b_more + 0.5), tl.floor(b_3 * b_more + 0.5)
     b_border = (tl.sum(b_0 + b_1, 1) + tl.sum(b_2 + b_3, 1)) * (MEAN_STEP / D)
@@ -130,8 +129,7 @@ def find_steps(b_0, b_1, b_2, b_3, D: tl.constexpr):
     b_square = tl.sum(b_0 * b_0 + b_1 * b_1, 1) + tl.sum(b_2 * b_2 + b_3 * b_3, 1)
     b_product = tl.sum(b_0 * magnitudes(m_0) + b_1 * magnitudes(m_1), 1)
     b_product += tl.sum(b_2 * magnitudes(m_2) + b_3 * magnitudes(m_3), 1)
-    b_less = ((b_exponent - 7) << 23).to(tl.float32, bitcast=True)
-    b_step = tl.div_rn(b_square, tl.maximum(b_product, 0.5)) * b_less
+    b_step = tl.div_rn(b_square, tl.maximum(b_product, 0.5)) * power_of_two(b_exponent - 7)
     most = tl.max(b_step)
     inverse = UNITS * tl.div_rn(1.0, tl.where(most > 0.0, most, 1.0))
     b_unit = tl.floor((b_step + most * 0.00390625) * inverse)
@@ -212,8 +210,7 @@ def turn_queries(
     )
     b_largest = tl.maximum(largest_of(b_0, b_1, b_2, b_3), 1.0)
     b_exponent = b_largest.to(tl.int32, bitcast=True) >> 23
-    b_more = ((267 - b_exponent) << 23).to(tl.float32, bitcast=True)[None, :]
-    b_less = ((b_exponent - 13) << 23).to(tl.float32, bitcast=True)
+    b_more, b_less = power_of_two(267 - b_exponent)[None, :], power_of_two(b_exponent - 13)
     b_0, b_1 = tl.floor(b_0 * b_more + 0.5), tl.floor(b_1 * b_more + 0.5)
     b_2, b_3 = tl.floor(b_2 * b_more + 0.5), tl.floor(b_3 * b_more + 0.5)
     b_sum = tl.sum(b_0 + b_1, 0) + tl.sum(b_2 + b_3, 0)

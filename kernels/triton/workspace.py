@@ -197,7 +197,7 @@ class Shape:
 
     @cached_property
     def page_splits(self) -> int:
-        """The same for the scores of pages."""
+        """The same for the scores of pages; with codes a program takes a third of the registers."""
         return min(self._programs(3 if self.coded else 4), -(-self.max_pages // self.page_tile))
 
     def _programs(self, per_processor: int) -> int:

@@ -12,9 +12,16 @@ from .test_sparse import RAGGED, check, sparse_scene
 
 PRUNE = Exact(prune=True, first_pages=4)
 BY_CODES = Exact(prune=True, first_pages=4, codes=True)
-prunes = pytest.mark.parametrize(
-    "selector", [PRUNE, BY_CODES], ids=lambda selector: f"by-{selector.statistics[-1]}"
-)
+
+
+def pruning(selectors):
+    ids = [f"by-{selector.statistics[-1]}" for selector in selectors]
+    return pytest.mark.parametrize("selector", selectors, ids=ids)
+
+
+prunes = pruning([PRUNE, BY_CODES])
+# The interpreter is slow.
+more_on_a_gpu = pruning([PRUNE] + [BY_CODES] * ON_GPU)
 SLOPES = torch.tensor([0.5, 0.0, 0.05, 0.004])
 MIXED = torch.tensor([1.25, 1.5, 2.0, 4 / 3], dtype=torch.float64)
 
@@ -131,7 +138,7 @@ def test_heads_have_their_own_alpha_and_slope(selector):
     check_pruned(sparse_scene(selector, coherence=0.99), alpha=MIXED, alibi_slopes=SLOPES)
 
 
-@pytest.mark.parametrize("selector", [PRUNE, BY_CODES] if ON_GPU else [PRUNE], ids=str)
+@more_on_a_gpu
 @pytest.mark.parametrize(
     "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
 )
@@ -141,7 +148,7 @@ def test_every_shape_of_heads_and_pages_prunes(selector, kv_heads, group, head_s
     check_pruned(sparse_scene(selector, lengths, coherence=0.99, **shape))
 
 
-@prunes
+@more_on_a_gpu
 def test_an_fp8_cache_prunes(selector):
     scales = {"key_scale": 0.25, "value_scale": 2.0}
     options = {"dtype": torch.float16, "coherence": 0.999, "spread": 4.0}
@@ -150,7 +157,7 @@ def test_an_fp8_cache_prunes(selector):
     assert not check_pruned(scene, scale=scene.scale * scales["key_scale"])[1].all()
 
 
-@prunes
+@more_on_a_gpu
 def test_some_sequences_are_read_whole(selector):
     exact_rows = torch.tensor([False, False, True, False, True, False])
     scene = sparse_scene(selector, coherence=0.99)
@@ -164,7 +171,9 @@ def test_a_window_is_read_whole():
     assert step.counters[Counter.PAGES_READ] == step.counters[Counter.PAGES_HELD]
 
 
-@pytest.mark.parametrize("selector", [PRUNE, Adaptive(first_pages=4), BY_CODES], ids=str)
+@pytest.mark.parametrize(
+    "selector", [PRUNE, Adaptive(first_pages=4)] + [BY_CODES] * ON_GPU, ids=str
+)
 def test_the_least_workspace_is_enough_and_two_runs_give_the_same_bits(selector):
     scene = sparse_scene(selector, [600, 300], kv_heads=1, group=2, coherence=0.98)
     step = Step(scene, selector)

@@ -56,7 +56,7 @@ CASES = {
     "alpha per head": (Exact(), SHORT, 256, {"alpha": [1.0, 1.5, 2.0, 1.2][:GROUP] * KV_HEADS}),
 }
 HEAVY = [name for name, (_, lengths, _, _) in CASES.items() if max(lengths) > 1000]
-HEAVY += ["by codes, fp8", "by codes, pages of 32", "pages of 32", "exact, pages of 32"]
+HEAVY += ["by codes, fp8", "by codes, pages of 32"]
 
 
 class Sequences:

@@ -83,7 +83,7 @@ def test_the_pages_are_those_of_the_reference(selector, alpha, dtype):
     if alpha == 1 and isinstance(selector, Gaussian | Adaptive):
         pytest.skip("softmax has no threshold to reach")
     if not ON_GPU and selector in BY_CODES and alpha != 1.5:
-        pytest.skip("codes know nothing of alpha, and the interpreter is slow")
+        pytest.skip("the interpreter is slow: there alphas are tried with boxes")
     pages = check(selector, sparse_scene(selector, dtype=dtype), alpha=alpha)
     assert not pages[4].all()
 
