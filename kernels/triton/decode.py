@@ -256,10 +256,10 @@ def _list_pages(
     # One more says what rounding can do.
     boxes = (shape.page_splits + int(arguments["ROUNDED"]), *rows[1:])
     tiles = (shape.list_tiles, *rows[1:])
-    most: dict[str, Any] = {"STAGES": 2}
+    most: dict[str, Any] = {"STAGES": shape.page_stages}
     if shape.coded:
         # A head has two columns of products of which there are at least 8.
-        most = {"STAGES": 3, "GP": max(4, shape.group_width)}
+        most["GP"] = max(4, shape.group_width)
     elif shape.certified:
         # Registers of which there are enough for four programs on a multiprocessor.
         most["maxnreg"] = 128

@@ -177,6 +177,15 @@ class Shape:
         return max(16, min(64, (1 << 14) // self.row_size))
 
     @cached_property
+    def page_stages(self) -> int:
+        """Tiles of pages under way in a program that ranks them; those not yet multiplied are kept
+        in shared memory, of which codes of large pages may fill half."""
+        if not self.coded:
+            return 2
+        tile_bytes = self.page_tile * self.page_size * self.padded_head_size // 4
+        return max(1, min(3, 1 + (1 << 17) // tile_bytes))
+
+    @cached_property
     def splits(self) -> int:
         """Programs per sequence and KV head: one wave in all, and a tile for each."""
         return min(self._programs(16 // self.collect_warps), -(-self.max_read // self.tile))

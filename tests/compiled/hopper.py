@@ -30,6 +30,8 @@ from entmaxkv_kernels.triton.launch import compile_ahead
 
 launches = sys.modules["entmaxkv_kernels.triton.decode"]
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE, SCALE = 8, 2, 128, 16, 128**-0.5
+SHARED_MEMORY = 227 << 10
+"""Bytes that a program has at most."""
 compiled: set[str] = set()
 
 
@@ -55,7 +57,10 @@ def compile_launches() -> None:
 
     def compile_and_note(self: Any, *args: Any, **options: Any) -> Any:
         compiled.add(self.fn.__name__)
-        return compile_one(self, *args, **options)
+        kernel = compile_one(self, *args, **options)
+        if kernel.metadata.shared > SHARED_MEMORY:
+            sys.exit(f"{self.fn.__name__} takes {kernel.metadata.shared} bytes of shared memory")
+        return kernel
 
     JITFunction.run = warm_up
     JITFunction._do_compile = compile_and_note
@@ -63,8 +68,13 @@ def compile_launches() -> None:
     launches.can_chain = lambda device: True
 
 
-def empty_cache(statistics: tuple[str, ...], dtype: torch.dtype) -> PagedCache:
-    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, statistics, fp8=dtype == FP8)
+def empty_cache(
+    statistics: tuple[str, ...],
+    dtype: torch.dtype,
+    page_size: int = PAGE_SIZE,
+    head_size: int = HEAD_SIZE,
+) -> PagedCache:
+    layout = PageLayout(page_size, head_size, statistics, fp8=dtype == FP8)
     return split_pages(allocate_pages(2, KV_HEADS, layout, dtype, "cpu"), layout)
 
 
@@ -74,15 +84,17 @@ def decode_step(
     dtype: torch.dtype = torch.bfloat16,
     *,
     batch: int = 1,
+    page_size: int = PAGE_SIZE,
+    head_size: int = HEAD_SIZE,
     appends: bool = False,
     **options: Any,
 ) -> None:
-    new = torch.zeros(batch, KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
-    query = torch.zeros(batch, QUERY_HEADS, HEAD_SIZE, dtype=torch.bfloat16)
+    new = torch.zeros(batch, KV_HEADS, head_size, dtype=torch.bfloat16)
+    query = torch.zeros(batch, QUERY_HEADS, head_size, dtype=torch.bfloat16)
     decode(
         query,
-        empty_cache(selector.statistics, dtype),
-        torch.zeros(batch, tokens // PAGE_SIZE, dtype=torch.int32),
+        empty_cache(selector.statistics, dtype, page_size, head_size),
+        torch.zeros(batch, tokens // page_size, dtype=torch.int32),
         torch.zeros(batch, dtype=torch.int32),
         selector=selector,
         **{
@@ -177,6 +189,7 @@ def take_steps() -> None:
     decode_step(Adaptive(), 1 << 17, exact_rows=exact_rows, certificate=certificate)
     decode_step(TopK(512, codes=True), 8192, FP8, certificate=certificate, appends=True)
     decode_step(Adaptive(codes=True), 8192, alibi_slopes=slopes, certificate=certificate)
+    decode_step(TopK(512, codes=True), 8192, page_size=64, head_size=256)
     decode_step(Adaptive(reach=1.75), 8192, alibi_slopes=slopes, alpha=entmax)
     decode_step(Exact(prune=True), 1 << 20, FP8, alibi_slopes=slopes, certificate=certificate)
     prefill_step(1.5)
