@@ -252,30 +252,38 @@ def take_levels(b_byte, C: tl.constexpr):
 
 @triton.jit
 def score_codes(
-    p_stat, b_page, o_t, b_0, b_1, b_2, b_3, b_shift, s_page, D: tl.constexpr, P: tl.constexpr
-):
-    """Scores of the rounded rests of keys, tokens o_t [N] of pages [N], in units of the query and
-    of the page, [N, GP]; exact, but for the product with the key's own units.
+    p_stat, b_page, i_t, b_0, b_1, b_2, b_3, b_shift, s_page,
+    D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Scores of the rounded rests of keys, of T tokens of each page from i_t on, in units of the
+    query and of the page, [BP, T, GP]; exact, but for the product with the key's own units.
 
     p_stat: where pages have their statistics, s_page apart.
     """
+    BP: tl.constexpr = b_page.shape[0]
     QP: tl.constexpr = b_0.shape[0]
     GP: tl.constexpr = b_shift.shape[0]
-    p_codes = p_stat + b_page.to(tl.int64) * s_page + D  # [N]
-    o_q = tl.arange(0, QP)
-    p_byte = p_codes[:, None] + (o_t * (D // 4))[:, None] + o_q[None, :]
+    o_q, o_t = tl.arange(0, QP), tl.arange(0, T)
+    # Neighbours in memory, as which they are loaded ahead.
+    p_codes = p_stat + b_page.to(tl.int64) * s_page + D  # [BP]
+    b_unit = tl.load(p_codes[:, None] + (P * (D // 4) + i_t) + o_t[None, :])  # [BP, T]
+    # Of pages, not of their addresses, whose alignment the compiler would not know.
+    b_page = tl.reshape(tl.broadcast_to(b_page[:, None], [BP, T]), [BP * T])
+    o_t = i_t + tl.arange(0, BP * T) % T
+    p_byte = (p_stat + b_page.to(tl.int64) * s_page + D)[:, None] + (o_t * (D // 4))[:, None]
+    p_byte += o_q[None, :]
     if QP * 4 == D:
         b_byte = tl.load(p_byte)
     else:
         b_byte = tl.load(p_byte, mask=(o_q < D // 4)[None, :], other=0)
-    b_unit = tl.load(p_codes + P * (D // 4) + o_t).to(tl.float32)
     b_limbs = tl.dot(take_levels(b_byte, 0), b_0, out_dtype=tl.int32)
     b_limbs = tl.dot(take_levels(b_byte, 1), b_1, b_limbs, out_dtype=tl.int32)
     b_limbs = tl.dot(take_levels(b_byte, 2), b_2, b_limbs, out_dtype=tl.int32)
     b_limbs = tl.dot(take_levels(b_byte, 3), b_3, b_limbs, out_dtype=tl.int32)
-    b_high, b_low = tl.split(tl.reshape(b_limbs, [b_limbs.shape[0], GP, 2]))
+    b_high, b_low = tl.split(tl.reshape(b_limbs, [BP * T, GP, 2]))
     # Levels are 1.5 steps below their number.
-    return ((b_high * 256 + b_low).to(tl.float32) - b_shift[None, :]) * b_unit[:, None]
+    b_z = (b_high * 256 + b_low).to(tl.float32) - b_shift[None, :]
+    return tl.reshape(b_z, [BP, T, GP]) * b_unit.to(tl.float32)[:, :, None]
 
 
 @triton.jit
@@ -293,16 +301,13 @@ def highest_of_codes(
     BP: tl.constexpr = b_page.shape[0]
     GP: tl.constexpr = b_shift.shape[0]
     T: tl.constexpr = min(P, TOKENS)
-    b_page = tl.reshape(tl.broadcast_to(b_page[:, None], [BP, T]), [BP * T])
-    o_t = tl.arange(0, BP * T) % T
     b_factor = (b_unit * (1.0 / span(D)))[:, None] * b_scale[None, :]
     if BOUND == 2:
         b_factor *= SHORTER
     b_highest = tl.full([BP, GP], -float("inf"), tl.float32)
     b_shorter = b_highest
     for i_t in tl.static_range(0, P, T):
-        b_z = score_codes(p_stat, b_page, i_t + o_t, b_0, b_1, b_2, b_3, b_shift, s_page, D, P)
-        b_z = tl.reshape(b_z, [BP, T, GP])
+        b_z = score_codes(p_stat, b_page, i_t, b_0, b_1, b_2, b_3, b_shift, s_page, D, P, T)
         if ALIBI:
             o_key = o_page[:, None] * P + (i_t + tl.arange(0, T))[None, :] - (n - 1)
             b_distance = o_key.to(tl.float32)[:, :, None] * b_slope

@@ -206,8 +206,8 @@ class Shape:
 
     @cached_property
     def page_splits(self) -> int:
-        """The same for the scores of pages; with codes a program takes a third of the registers."""
-        return min(self._programs(3 if self.coded else 4), -(-self.max_pages // self.page_tile))
+        """The same for the scores of pages."""
+        return min(self._programs(4), -(-self.max_pages // self.page_tile))
 
     def _programs(self, per_processor: int) -> int:
         programs = per_processor * self.processors // (self.planned_batch * self.kv_heads)
