@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from reference.scene import Scene
 from torch import Tensor
@@ -15,6 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 """Triton's interpreter multiplies bf16 matrices wrongly."""
+on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="too long for the interpreter")
 
 
 def on_device(cache: PagedCache) -> PagedCache:

@@ -13,7 +13,7 @@ from entmaxkv_kernels.triton import workspace
 from entmaxkv_kernels.triton.entmax import newton_step
 from entmaxkv_kernels.triton.workspace import Shape
 
-from .device import DEVICE, Step
+from .device import DEVICE, Step, on_a_gpu
 from .test_exact import assert_accurate
 from .test_prefill import check as check_prefill
 from .test_prefill import run as run_prefill
@@ -148,7 +148,7 @@ def test_a_newton_step_from_sums_at_the_end_of_the_range_of_fp32_is_finite():
     assert abs(step.item() - 4.8) <= 1e-5
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="too long for the interpreter")
+@on_a_gpu
 @pytest.mark.parametrize("tokens", [200_000, 1_500_000])
 def test_small_weights_keep_their_precision_in_half_precision(tokens):
     scene = all_scores(0.5, [tokens], dtype=torch.float16, group=1)

@@ -21,7 +21,7 @@ from entmaxkv_kernels.pages import CODES, FP8
 from entmaxkv_kernels.triton import decode_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
 
-from .device import DEVICE, ON_GPU
+from .device import DEVICE, ON_GPU, on_a_gpu
 
 PAGE = 16
 KV_HEADS, GROUP, HEAD_SIZE = (8, 4, 128) if ON_GPU else (2, 2, 16)
@@ -56,7 +56,8 @@ CASES = {
     "alpha per head": (Exact(), SHORT, 256, {"alpha": [1.0, 1.5, 2.0, 1.2][:GROUP] * KV_HEADS}),
 }
 HEAVY = [name for name, (_, lengths, _, _) in CASES.items() if max(lengths) > 1000]
-HEAVY += ["by codes, fp8", "by codes, pages of 32"]
+HEAVY += ["by codes, fp8", "by codes, pages of 32", "pages of 32", "exact, pages of 32"]
+HEAVY += ["exact that prunes, none flagged", "gaussian"]
 
 
 class Sequences:
@@ -161,10 +162,11 @@ class Sequences:
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_with_new_tokens_is_appending_and_decoding(case):
     if not ON_GPU and case in HEAVY:
-        pytest.skip("long sequences take minutes in the interpreter, which runs nothing at once")
+        pytest.skip("too long for the interpreter, which runs nothing at once")
     assert_at_once_is_in_turn(Sequences(*CASES[case]))
 
 
+@on_a_gpu
 def test_a_guess_sees_no_key_that_its_step_appends(monkeypatch):
     launches = import_module("entmaxkv_kernels.triton.decode")
     monkeypatch.setattr(launches, "processors", lambda device: 1)

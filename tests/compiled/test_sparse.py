@@ -7,7 +7,7 @@ from reference.scene import make_scene
 from entmaxkv_kernels import Adaptive, Counter, Gaussian, TopK
 from entmaxkv_kernels.triton import workspace
 
-from .device import DTYPES, ON_GPU, Step
+from .device import DTYPES, ON_GPU, Step, on_a_gpu
 
 RAGGED = [0, 1, 16, 17, 500, 300]
 MATCHED = [Counter.STEPS, Counter.SPARSE_STEPS, Counter.PAGES_HELD, Counter.QUERY_HEADS]
@@ -139,7 +139,11 @@ def long_rows(request, monkeypatch):
     monkeypatch.setattr(workspace, "CANDIDATES", request.param)
 
 
-@pytest.mark.parametrize("equal", [False, True], ids=["pages that differ", "equal pages"])
+@pytest.mark.parametrize(
+    "equal",
+    [False, pytest.param(True, marks=on_a_gpu)],
+    ids=["pages that differ", "equal pages"],
+)
 def test_rows_of_more_pages_than_a_tile_are_ranked_as_a_whole(equal, long_rows):
     """Beside them are some that one program ranks."""
     lengths = [1100 * 16 + 1, 40, 1030 * 16, 64 * 16, 65 * 16, 0]
@@ -198,6 +202,7 @@ def test_rows_of_many_pages_are_ranked_by_those_who_read_them(pages):
     assert chosen.sum(-1).flatten().tolist() == [63, 40]
 
 
+@on_a_gpu
 def test_many_equal_pages_go_to_the_earlier_ones():
     pages = 2100
     scene = sparse_scene(TopK(2060 * 16), [pages * 16], kv_heads=1, group=2)
