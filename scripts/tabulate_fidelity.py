@@ -182,6 +182,7 @@ def tables() -> str:
         *codes_tables(),
         "",
         *trained_tables(),
+        *trained_tables("coded"),
         *perplexity_tables(),
         *task_tables(),
         *attention_tables(),

@@ -9,11 +9,17 @@ from tabulate_selectors import RESULTS, Row, load, made_on, number
 
 TWINS = ("entmax", "softmax")
 PARTS = ("perplexity", "attention", "tasks")
+PAIRS = {
+    "trained": (TWINS, "Selectors on twins trained for it"),
+    "coded": (("entmax",), "By codes, on an entmax model that was trained alone"),
+}
+"""What the files of models that were trained together are named after, which they are, and the
+heading of their tables."""
 
 
-def of_model(name: str, part: str) -> tuple[list[Row], str]:
+def of_model(name: str, part: str, pair: str = "trained") -> tuple[list[Row], str]:
     """The rows of one part of the evaluation of a twin, and what they were made on."""
-    path = RESULTS / f"fidelity-trained-{name}-{part}.json"
+    path = RESULTS / f"fidelity-{pair}-{name}-{part}.json"
     result = load(path)
     return result[part], made_on(result, path)
 
@@ -31,10 +37,12 @@ def mean_of(rows: list[Row], measure: str) -> float:
     return float(sum(row[measure]["mean"] for row in rows) / len(rows))
 
 
-def attention_by_selector(name: str, context: int) -> dict[str, dict[str, float]]:
+def attention_by_selector(
+    name: str, context: int, pair: str = "trained"
+) -> dict[str, dict[str, float]]:
     """Means over layers, and worst layers, of what each selector drops at one context."""
     found: dict[str, list[Row]] = {}
-    for row in of_model(name, "attention")[0]:
+    for row in of_model(name, "attention", pair)[0]:
         if row["context"] == context:
             found.setdefault(row["selector"], []).append(row)
     return {
@@ -50,10 +58,10 @@ def attention_by_selector(name: str, context: int) -> dict[str, dict[str, float]
     }
 
 
-def perplexity_lines() -> list[tuple[object, ...]]:
+def perplexity_lines(pair: str) -> list[tuple[object, ...]]:
     lines: list[tuple[object, ...]] = []
-    for name in TWINS:
-        rows = of_model(name, "perplexity")[0]
+    for name in PAIRS[pair][0]:
+        rows = of_model(name, "perplexity", pair)[0]
         exact = {row["context"]: row for row in rows if row["selector"] == "exact"}
         lines += [
             (
@@ -69,11 +77,11 @@ def perplexity_lines() -> list[tuple[object, ...]]:
     return lines
 
 
-def attention_lines() -> list[tuple[object, ...]]:
+def attention_lines(pair: str) -> list[tuple[object, ...]]:
     lines: list[tuple[object, ...]] = []
-    for name in TWINS:
-        for context in sorted({row["context"] for row in of_model(name, "attention")[0]}):
-            by_selector = attention_by_selector(name, context)
+    for name in PAIRS[pair][0]:
+        for context in sorted({row["context"] for row in of_model(name, "attention", pair)[0]}):
+            by_selector = attention_by_selector(name, context, pair)
             lines += [
                 (
                     name,
@@ -93,24 +101,27 @@ def attention_lines() -> list[tuple[object, ...]]:
     return lines
 
 
-def trained_tables() -> Iterator[str]:
-    """Of the twins: perplexity and attention by selector, and tasks that were lost."""
-    made = (of_model(name, part)[1] for name in TWINS for part in PARTS)
-    yield from ["### Selectors on twins trained for it", "", *made, ""]
+def trained_tables(pair: str = "trained") -> Iterator[str]:
+    """Perplexity and attention by selector, and tasks that were lost."""
+    names, heading = PAIRS[pair]
+    made = (of_model(name, part, pair)[1] for name in names for part in PARTS)
+    yield from [f"### {heading}", "", *made, ""]
     titles = ["model", "context", "selector", "pages read"]
     more = ["perplexity per byte", "more than `exact`"]
-    yield from [*table_lines([*titles, *more], perplexity_lines()), ""]
+    yield from [*table_lines([*titles, *more], perplexity_lines(pair)), ""]
     more = ["dropped mass", "output error", "recall", "of the worst layer", "nothing dropped"]
-    yield from [*table_lines([*titles, *more], attention_lines()), ""]
-    for name in TWINS:
+    yield from [*table_lines([*titles, *more], attention_lines(pair)), ""]
+    for name in names:
         yield f"Tasks that `exact` solves of 48 and a selector does not (and the reverse), {name}:"
-        yield from ["", *task_lines(name), ""]
+        yield from ["", *task_lines(name, pair), ""]
 
 
-def lost_and_won(name: str) -> dict[tuple[str, int, str], tuple[int, int, int, float]]:
+def lost_and_won(
+    name: str, pair: str = "trained"
+) -> dict[tuple[str, int, str], tuple[int, int, int, float]]:
     """By task, context and selector: tasks that exact decoding solves, those of them that the
     selector does not, those that only the selector solves, and the share of pages read."""
-    rows = of_model(name, "tasks")[0]
+    rows = of_model(name, "tasks", pair)[0]
     exact = {(r["task"], r["context"]): r["solved"] for r in rows if r["selector"] == "exact"}
     found = {}
     for row in rows:
@@ -122,8 +133,8 @@ def lost_and_won(name: str) -> dict[tuple[str, int, str], tuple[int, int, int, f
     return found
 
 
-def task_lines(name: str) -> list[str]:
-    found = lost_and_won(name)
+def task_lines(name: str, pair: str) -> list[str]:
+    found = lost_and_won(name, pair)
     selectors = [s for s in dict.fromkeys(place[2] for place in found) if s != "exact"]
     lines = []
     for task, context in dict.fromkeys(place[:2] for place in found):

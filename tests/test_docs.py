@@ -261,6 +261,34 @@ def test_on_a_trained_model_adaptive_drops_less_at_the_pages_of_the_papers_rule(
     assert ours["dropped_mass"] < paper["dropped_mass"]
 
 
+@pytest.mark.parametrize("context", [8192, 16384])
+def test_adaptive_by_codes_drops_less_with_fewer_pages_than_the_papers_rule(context):
+    found = tabulate_trained.attention_by_selector("entmax", context, "coded")
+    ours, paper = found["adaptive-codes"], found["gaussian-paper"]
+    assert ours["pages_read"] < 0.5 * paper["pages_read"]
+    assert ours["dropped_mass"] < 0.01 * paper["dropped_mass"]
+    assert ours["least_recall"] >= 0.999
+    rows = tabulate_trained.of_model("entmax", "attention", "coded")[0]
+    assert min(row.get("least_slack_of_bound", 0) for row in rows) >= 0
+
+
+def test_a_trained_model_keeps_its_perplexity_within_half_a_percent_at_six_percent_of_the_pages():
+    rows = tabulate_trained.of_model("entmax", "perplexity", "coded")[0]
+    exact, coded = (
+        next(row for row in rows if (row["context"], row["selector"]) == (16384, selector))
+        for selector in ("exact", "topk-codes:960")
+    )
+    assert coded["pages_read"] < 0.06
+    assert coded["nats_per_byte"] - exact["nats_per_byte"] < 0.005
+
+
+def test_adaptive_by_codes_solves_as_many_tasks_of_every_kind_and_length_as_exact():
+    found = tabulate_trained.lost_and_won("entmax", "coded")
+    lines = [numbers for place, numbers in found.items() if place[2] == "adaptive-codes"]
+    assert len(lines) == 12
+    assert all(won >= lost for _, lost, won, _ in lines)
+
+
 def test_gaussian_solves_what_exact_solves_up_to_a_task_of_64_at_every_length():
     rows, _ = tabulate_fidelity.part_of_twins("entmax", "tasks")
     solved = {(r["task"], r["context"], r["selector"]): sum(r["solved"]) for r in rows}
