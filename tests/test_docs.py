@@ -1,6 +1,7 @@
 """Numbers in the documentation are the ones in the raw data."""
 
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -272,21 +273,27 @@ def test_adaptive_by_codes_drops_less_with_fewer_pages_than_the_papers_rule(cont
     assert min(row.get("least_slack_of_bound", 0) for row in rows) >= 0
 
 
-def test_a_trained_model_keeps_its_perplexity_within_half_a_percent_at_six_percent_of_the_pages():
+@pytest.mark.parametrize(
+    "selector, pages, least, most",
+    [
+        ("topk-codes:960", 0.06, -0.0005, 0.0005),
+        ("adaptive-codes", 0.08, -0.0002, 0.0002),
+        ("topk:960", 0.06, 0.05, 0.06),
+    ],
+)
+def test_perplexity_of_a_trained_model_is_as_the_readme_says(selector, pages, least, most):
     rows = tabulate_trained.of_model("entmax", "perplexity", "coded")[0]
-    exact, coded = (
-        next(row for row in rows if (row["context"], row["selector"]) == (16384, selector))
-        for selector in ("exact", "topk-codes:960")
-    )
-    assert coded["pages_read"] < 0.06
-    assert coded["nats_per_byte"] - exact["nats_per_byte"] < 0.005
+    found = {row["selector"]: row for row in rows if row["context"] == 16384}
+    assert found[selector]["pages_read"] < pages
+    more = found[selector]["nats_per_byte"] - found["exact"]["nats_per_byte"]
+    assert least < math.expm1(more) < most
 
 
-def test_adaptive_by_codes_solves_as_many_tasks_of_every_kind_and_length_as_exact():
+def test_adaptive_by_codes_solves_every_task_that_exact_solves():
     found = tabulate_trained.lost_and_won("entmax", "coded")
     lines = [numbers for place, numbers in found.items() if place[2] == "adaptive-codes"]
     assert len(lines) == 12
-    assert all(won >= lost for _, lost, won, _ in lines)
+    assert not any(lost for _, lost, _, _ in lines) and sum(solved for solved, *_ in lines) > 400
 
 
 def test_gaussian_solves_what_exact_solves_up_to_a_task_of_64_at_every_length():

@@ -179,7 +179,7 @@ class Shape:
     @cached_property
     def page_stages(self) -> int:
         """Tiles of pages under way in a program that ranks them; those not yet multiplied are kept
-        in shared memory, of which codes of large pages may fill half."""
+        in shared memory, of which codes may fill 128 KiB."""
         if not self.coded:
             return 2
         tile_bytes = self.page_tile * self.page_size * self.padded_head_size // 4
