@@ -1,4 +1,4 @@
-"""Tables of docs/fidelity.md that compare selectors on twins that were trained for it."""
+"""Tables of docs/fidelity.md of twins, entmax and softmax, trained on the same batches."""
 
 import math
 import statistics
@@ -8,20 +8,31 @@ from tables import table_lines
 from tabulate_selectors import RESULTS, Row, load, made_on, number
 
 TWINS = ("entmax", "softmax")
-PARTS = ("perplexity", "attention", "tasks")
-PAIRS = {
-    "trained": (TWINS, "Selectors on twins trained for it"),
-    "coded": (("entmax",), "By codes, on an entmax model that was trained alone"),
+FILES = {
+    "entmax": ("perplexity", "attention", "attention-long", "tasks"),
+    "softmax": ("perplexity", "attention", "tasks"),
 }
-"""What the files of models that were trained together are named after, which they are, and the
-heading of their tables."""
+"""Parts of the evaluation of each twin; attention beyond the trained length has its own file."""
+
+LAYERED = ("adaptive-codes", "gaussian-paper", "topk-codes:1024", "topk:1024")
+"""Selectors that have lines for each layer and for each eighth of the positions."""
 
 
-def of_model(name: str, part: str, pair: str = "trained") -> tuple[list[Row], str]:
-    """The rows of one part of the evaluation of a twin, and what they were made on."""
-    path = RESULTS / f"fidelity-{pair}-{name}-{part}.json"
-    result = load(path)
-    return result[part], made_on(result, path)
+def of_model(name: str, part: str) -> list[Row]:
+    """The rows of one part of the evaluation of a twin."""
+    rows: list[Row] = []
+    for file in FILES[name]:
+        if file.partition("-")[0] == part:
+            rows += load(RESULTS / f"fidelity-trained-{name}-{file}.json")[part]
+    return rows
+
+
+def made_from() -> list[str]:
+    """What each file was made on."""
+    paths = [
+        RESULTS / f"fidelity-trained-{name}-{file}.json" for name in TWINS for file in FILES[name]
+    ]
+    return [made_on(load(path), path) for path in paths]
 
 
 def more_than_exact(row: Row, exact: Row) -> str:
@@ -33,95 +44,112 @@ def more_than_exact(row: Row, exact: Row) -> str:
     return f"{math.expm1(statistics.mean(more)):+.2%} ± {error:.2%}"
 
 
+def perplexity_lines() -> Iterator[tuple[object, ...]]:
+    found = {
+        name: {(row["context"], row["selector"]): row for row in of_model(name, "perplexity")}
+        for name in TWINS
+    }
+    for context, selector in found["entmax"]:
+        line: list[object] = [context, f"`{selector}`"]
+        line.append(f"{found['entmax'][context, selector]['pages_read']:.1%}")
+        for rows in found.values():
+            row = rows.get((context, selector))
+            line.append("-" if row is None else f"{math.exp(row['nats_per_byte']):.4f}")
+            if row is None or selector == "exact":
+                line.append("-" if row is None else "")
+            else:
+                line.append(more_than_exact(row, rows[context, "exact"]))
+        yield tuple(line)
+
+
 def mean_of(rows: list[Row], measure: str) -> float:
     return float(sum(row[measure]["mean"] for row in rows) / len(rows))
 
 
-def attention_by_selector(
-    name: str, context: int, pair: str = "trained"
-) -> dict[str, dict[str, float]]:
-    """Means over layers, and worst layers, of what each selector drops at one context."""
+def attention_by_selector(name: str, context: int) -> dict[str, dict[str, float]]:
+    """Of each selector at one context: means over layers, the largest 99th percentile of a layer
+    and the worst head of all, of what it drops, and the layer with the least recall."""
     found: dict[str, list[Row]] = {}
-    for row in of_model(name, "attention", pair)[0]:
+    for row in of_model(name, "attention"):
         if row["context"] == context:
             found.setdefault(row["selector"], []).append(row)
-    return {
-        name: {
-            "pages_read": mean_of(rows, "pages_read"),
-            "dropped_mass": mean_of(rows, "dropped_mass"),
-            "output_error": mean_of(rows, "output_error"),
-            "support_recall": mean_of(rows, "support_recall"),
-            "least_recall": min(row["support_recall"]["mean"] for row in rows),
-            "nothing_dropped": sum(row["nothing_dropped"] for row in rows) / len(rows),
-        }
-        for name, rows in found.items()
-    }
+    return {selector: attention_numbers(rows) for selector, rows in found.items()}
 
 
-def perplexity_lines(pair: str) -> list[tuple[object, ...]]:
-    lines: list[tuple[object, ...]] = []
-    for name in PAIRS[pair][0]:
-        rows = of_model(name, "perplexity", pair)[0]
-        exact = {row["context"]: row for row in rows if row["selector"] == "exact"}
-        lines += [
-            (
-                name,
-                row["context"],
-                f"`{row['selector']}`",
-                f"{row['pages_read']:.1%}",
-                f"{math.exp(row['nats_per_byte']):.4f}",
-                "" if row["selector"] == "exact" else more_than_exact(row, exact[row["context"]]),
-            )
-            for row in rows
-        ]
-    return lines
+def attention_numbers(rows: list[Row]) -> dict[str, float]:
+    """What `attention_by_selector` says, of the rows of some layers."""
+    measures = ("pages_read", "dropped_mass", "output_error", "support_recall")
+    numbers = {measure: mean_of(rows, measure) for measure in measures}
+    for measure in ("dropped_mass", "output_error"):
+        for at in ("p99", "worst"):
+            numbers[f"{measure} {at}"] = max(row[measure][at] for row in rows)
+    numbers["least_recall"] = min(row["support_recall"]["mean"] for row in rows)
+    numbers["nothing_dropped"] = sum(row["nothing_dropped"] for row in rows) / len(rows)
+    if "dropped_bound" in rows[0]:
+        numbers["certified"] = sum(row["certified"] for row in rows) / len(rows)
+        numbers["least_slack"] = min(row["least_slack_of_bound"] for row in rows)
+    return numbers
 
 
-def attention_lines(pair: str) -> list[tuple[object, ...]]:
-    lines: list[tuple[object, ...]] = []
-    for name in PAIRS[pair][0]:
-        for context in sorted({row["context"] for row in of_model(name, "attention", pair)[0]}):
-            by_selector = attention_by_selector(name, context, pair)
-            lines += [
-                (
-                    name,
-                    context,
-                    f"`{selector}`",
-                    f"{found['pages_read']:.1%}",
-                    number(found["dropped_mass"]),
-                    number(found["output_error"]),
-                    f"{found['support_recall']:.4f}",
-                    f"{found['least_recall']:.4f}",
-                    f"{found['nothing_dropped']:.1%}",
-                )
-                for selector, found in sorted(
-                    by_selector.items(), key=lambda item: item[1]["pages_read"]
-                )
-            ]
-    return lines
+TITLES = ["pages read", "dropped mass", "99th percentile", "worst", "output error"]
+TITLES += ["99th percentile", "worst", "recall", "of the worst layer", "nothing dropped"]
+TITLES += ["certified", "least slack of the bound"]
 
 
-def trained_tables(pair: str = "trained") -> Iterator[str]:
-    """Perplexity and attention by selector, and tasks that were lost."""
-    names, heading = PAIRS[pair]
-    made = (of_model(name, part, pair)[1] for name in names for part in PARTS)
-    yield from [f"### {heading}", "", *made, ""]
-    titles = ["model", "context", "selector", "pages read"]
-    more = ["perplexity per byte", "more than `exact`"]
-    yield from [*table_lines([*titles, *more], perplexity_lines(pair)), ""]
-    more = ["dropped mass", "output error", "recall", "of the worst layer", "nothing dropped"]
-    yield from [*table_lines([*titles, *more], attention_lines(pair)), ""]
-    for name in names:
-        yield f"Tasks that `exact` solves of 48 and a selector does not (and the reverse), {name}:"
-        yield from ["", *task_lines(name, pair), ""]
+def attention_cells(numbers: dict[str, float]) -> list[str]:
+    cells = [f"{numbers['pages_read']:.1%}"]
+    for measure in ("dropped_mass", "output_error"):
+        cells += [number(numbers[f"{measure}{at}"]) for at in ("", " p99", " worst")]
+    cells += [f"{numbers[key]:.4f}" for key in ("support_recall", "least_recall")]
+    cells.append(f"{numbers['nothing_dropped']:.1%}")
+    if "certified" in numbers:
+        return [*cells, f"{numbers['certified']:.1%}", number(numbers["least_slack"])]
+    return [*cells, "-", "-"]
 
 
-def lost_and_won(
-    name: str, pair: str = "trained"
-) -> dict[tuple[str, int, str], tuple[int, int, int, float]]:
+def attention_lines() -> Iterator[tuple[object, ...]]:
+    for name in TWINS:
+        for context in sorted({row["context"] for row in of_model(name, "attention")}):
+            found = attention_by_selector(name, context)
+            for selector in sorted(found, key=lambda selector: found[selector]["pages_read"]):
+                yield name, context, f"`{selector}`", *attention_cells(found[selector])
+
+
+def position_cells(rows: list[Row]) -> list[str]:
+    """Dropped mass in each part of the positions, over layers and heads."""
+    layers = [row["dropped_mass"]["by_position"] for row in rows]
+    means, worst = (
+        zip(*(layer[key] for layer in layers), strict=True) for key in ("mean", "worst")
+    )
+    return [
+        f"{number(sum(mean) / len(mean))} ({number(max(most))})"
+        for mean, most in zip(means, worst, strict=True)
+    ]
+
+
+def place_tables(context: int) -> Iterator[str]:
+    """The same layer by layer, and by position, of some selectors at one context."""
+    layers, places = [], []
+    for name in TWINS:
+        here = [row for row in of_model(name, "attention") if row["context"] == context]
+        for selector in LAYERED:
+            rows = [row for row in here if row["selector"] == selector]
+            for row in rows:
+                cells = attention_cells(attention_numbers([row]))
+                layers.append((name, f"`{selector}`", row["layer"], *cells))
+            if rows:
+                places.append((name, f"`{selector}`", *position_cells(rows)))
+    yield from [f"Layer by layer, at {context} tokens:", ""]
+    yield from [*table_lines(["model", "selector", "layer", *TITLES], layers), ""]
+    yield from ["Dropped mass by position, in eighths of those measured: mean (worst):", ""]
+    titles = ["model", "selector", *(f"{eighth}" for eighth in range(1, 9))]
+    yield from [*table_lines(titles, places), ""]
+
+
+def lost_and_won(name: str) -> dict[tuple[str, int, str], tuple[int, int, int, float]]:
     """By task, context and selector: tasks that exact decoding solves, those of them that the
     selector does not, those that only the selector solves, and the share of pages read."""
-    rows = of_model(name, "tasks", pair)[0]
+    rows = of_model(name, "tasks")
     exact = {(r["task"], r["context"]): r["solved"] for r in rows if r["selector"] == "exact"}
     found = {}
     for row in rows:
@@ -133,16 +161,30 @@ def lost_and_won(
     return found
 
 
-def task_lines(name: str, pair: str) -> list[str]:
-    found = lost_and_won(name, pair)
+def task_lines(name: str) -> list[str]:
+    found = lost_and_won(name)
     selectors = [s for s in dict.fromkeys(place[2] for place in found) if s != "exact"]
     lines = []
     for task, context in dict.fromkeys(place[:2] for place in found):
-        solved = found[task, context, "exact"][0]
-        row = [task, context, solved]
+        row = [task, context, found[task, context, "exact"][0]]
         for selector in selectors:
             place = found.get((task, context, selector))
             row.append("-" if place is None else f"{place[1]} ({place[2]}), {place[3]:.0%}")
         lines.append(row)
     titles = ["task", "context", "solved by `exact`", *(f"`{s}`, pages read" for s in selectors)]
     return table_lines(titles, lines)
+
+
+def trained_tables() -> Iterator[str]:
+    """Perplexity, attention by selector, layer and position, and tasks that were lost."""
+    yield from ["### Selectors on twins", "", *made_from(), ""]
+    titles = ["context", "selector", "pages read"]
+    for name in TWINS:
+        titles += [f"perplexity per byte, {name}", "more than `exact`"]
+    yield from [*table_lines(titles, list(perplexity_lines())), ""]
+    titles = ["model", "context", "selector", *TITLES]
+    yield from [*table_lines(titles, list(attention_lines())), ""]
+    yield from place_tables(16384)
+    for name in TWINS:
+        yield f"Tasks that `exact` solves of 48 and a selector does not (and the reverse), {name}:"
+        yield from ["", *task_lines(name), ""]

@@ -7,9 +7,11 @@ from typing import Any
 COLORS = {
     "exact": "#1f6f8b",
     "topk": "#c8553d",
+    "topk-codes": "#e39b3b",
     "gaussian": "#7b9e42",
     "entmax": "#1f6f8b",
     "adaptive": "#8a4f9e",
+    "adaptive-codes": "#d05fa2",
     "fixed reach": "#c9a6d6",
     "adaptive by reach": "#c9a6d6",
     "gaussian-paper": "#2f4b1c",

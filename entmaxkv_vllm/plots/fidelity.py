@@ -74,7 +74,8 @@ def dropped_mass(result: Mapping[str, Any]) -> Any:
         _by_budget(axis, drops)
     _set_up(axis)
     axis.set_ylabel("dropped mass: exact weight on unread tokens")
-    axis.legend(fontsize=7)
+    columns = 1 + (len(axis.get_legend_handles_labels()[0]) > 6)
+    axis.legend(fontsize=7 if columns == 1 else 6, ncols=columns, loc="best")
     model = f"model {result.get('model', 'unknown')}"
     finish(figure, "Dropped mass against budget", f"{model}; {provenance(result)}")
     return figure
