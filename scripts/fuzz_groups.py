@@ -24,12 +24,14 @@ from entmaxkv_kernels import (
     Exact,
     NewTokens,
     PagedCache,
+    TopK,
     decode,
     prefill,
 )
 from entmaxkv_kernels.reference.select import select_pages
 from entmaxkv_kernels.triton import prefill_workspace_size
 from entmaxkv_kernels.triton.decode import step_shape
+from entmaxkv_kernels.triton.pages import NEVER
 
 NUMBERS = ("error", "fallback", "pages_differ")
 """What a case can tell: the largest error over what is allowed, whether keys were read once more,
@@ -231,6 +233,12 @@ def run_decodes(
                 picked, sparse[rows] = chosen_pages(family, pool, asked, calls[k], rows)
                 chosen[rows] = False
                 chosen[rows, :, : picked.shape[-1]] = picked
+                if isinstance(selector, TopK) and shapes[k].long_rows:
+                    width = picked.shape[-1]
+                    distance = parts[k]["distance"].view(family.batch, family.kv_heads, -1)
+                    own = read[rows][..., :width]
+                    alike = rank_alike(distance[..., :width], own, picked)
+                    chosen[rows, :, :width] = torch.where(alike, own, picked)
 
     def of_rows(values: Tensor) -> Tensor:
         """Sums of the values [T] over the rows of each call."""
@@ -258,6 +266,15 @@ def run_decodes(
         "two runs differ": again,
         "a new token is not appended": unwritten,
     }
+
+
+def rank_alike(distance: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+    """[B, kv_heads, 1] bool, whether all pages of a row that are read and not chosen, or the
+    reverse, have the same distance [B, kv_heads, width]: long rows are ranked in whole steps."""
+    differs = read != chosen
+    far = distance.masked_fill(~differs, 0).amax(-1, keepdim=True)
+    near = distance.masked_fill(~differs, NEVER.value).amin(-1, keepdim=True)
+    return far <= near
 
 
 def listed_pages(family: Family, parts: list[dict[str, Tensor]]) -> Tensor:
