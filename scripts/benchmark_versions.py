@@ -23,6 +23,7 @@ import torch
 
 from entmaxkv_vllm.bench.arms import EntmaxArm
 from entmaxkv_vllm.bench.batch import Request
+from entmaxkv_vllm.bench.options import DATA
 from entmaxkv_vllm.bench.provenance import about
 from entmaxkv_vllm.bench.timing import kernel_times, per_step
 from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--data", choices=DATA, default="random")
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
@@ -134,7 +136,7 @@ def main() -> None:
     if len(set(names)) < len(names):
         parser.error(f"versions are named {', '.join(names)}: give each a name of its own")
     torch.manual_seed(0)
-    pool = Pool.of(Shape(32, 8, 128), POOL_TOKENS, "random")
+    pool = Pool.of(Shape(32, 8, 128), POOL_TOKENS, arguments.data)
     works = [
         Workload.over(pool, [Request(1, context)], max(1, POOL_TOKENS // context), SUPPORT)
         for context in arguments.contexts
@@ -149,7 +151,7 @@ def main() -> None:
         rows += measure(
             arguments.versions, work, arguments.arms, arguments.share, arguments.repeats
         )
-        result = about(arguments.commit) | {"rows": rows}
+        result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -12,8 +12,13 @@ import triton
 import triton.language as tl
 
 from ..reference.adaptive import FIRST_SHARE, NEIGHBOURS
-from .certificate import TAU_ROUNDING, load_rounding
-from .entmax import EXCESS_MASS, NEWTON_STEPS, head_parameters, newton_step, weights_and_slopes
+from .certificate import (
+    TAU_ROUNDING,
+    load_spans,
+    most_rounding,
+    rounding_of,
+)
+from .entmax import EXCESS_MASS, NEWTON_STEPS, newton_step, weights_and_slopes
 from .pages import NEVER, ranked_pages
 from .scores import (
     NO_PAGE,
@@ -180,17 +185,17 @@ def are_outlying(b_radius, m_page, guard, BL: tl.constexpr):
 
 @triton.jit
 def wanted_kernel(
-    p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_reach, p_spread, p_span,
-    p_rounding, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
-    s_head, s_block_table, page_stride, exact_below, factor,
+    p_query, p_scales, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes, p_reach,
+    p_spread, p_span, p_first_page, p_first_score, p_first_reach, p_distance, p_tile_count,
+    s_query_b, s_query_h, s_head, s_block_table, page_stride, exact_below, scale, factor,
     exponent, margin, reach, guard,
     s_page: tl.constexpr,
-    HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr, FPP: tl.constexpr,
-    FN: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    GUARDED: tl.constexpr, OWN_REACH: tl.constexpr, PROVE: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, ORDER: tl.constexpr,
-    CHAINED: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, FIRST: tl.constexpr, MOST: tl.constexpr, FP: tl.constexpr,
+    FPP: tl.constexpr, FN: tl.constexpr, BL: tl.constexpr, NT: tl.constexpr, PS: tl.constexpr,
+    PSP: tl.constexpr, GUARDED: tl.constexpr, OWN_REACH: tl.constexpr, PROVE: tl.constexpr,
+    ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    ORDER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Distance 0 for the pages of a tile that are to be read, NEVER for the others, and how many
     are to be.
@@ -204,7 +209,7 @@ def wanted_kernel(
     """
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
-    _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    n, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     o_g, o_f, o_page = tl.arange(0, GW), tl.arange(0, FN), i_t * BL + tl.arange(0, BL)
     m_g, m_page = o_g < G, o_page < ranked
     classes = count_classes(ranked, FIRST, MOST)
@@ -212,11 +217,17 @@ def wanted_kernel(
         b_radius = load_radii(
             p_scales, p_block_table, i_b, i_h, o_page, ranked, s_page, s_head, s_block_table
         )
+    b_scale, b_slope, b_exponent = load_scales(
+        p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
+    )
+    if PROVE:
+        b_q = load_queries(p_query, i_b, i_h, o_g, tl.arange(0, DP), s_query_b, s_query_h, G, D)
+        b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0)
+        b_unit, b_fixed = rounding_of(b_size, b_scale, b_slope, n, D, ALIBI)
     await_previous(CHAINED)
     allow_next(CHAINED)
     if i_t * BL >= ranked:
         return
-    _, b_exponent = head_parameters(p_alpha, factor, exponent, i_h * G + o_g, m_g, ALPHA_PER_HEAD)
     p_s = p_first_score + (i_row * G + o_g)[:, None] * (FP * P) + o_f[None, :]
     b_z = tl.load(p_s, mask=m_g[:, None] & (o_f < (classes + 1) * P)[None, :], other=-float("inf"))
     o_reach = (i_row.to(tl.int64) * page_stride + o_page)[:, None] * GW + o_g[None, :]
@@ -226,7 +237,8 @@ def wanted_kernel(
     b_tau = solve_heads(b_z, b_exponent, ORDER)
     b_above = b_reach - b_tau[None, :]
     if PROVE:
-        b_slack = load_rounding(p_span, p_rounding, i_row, i_row * G + o_g, m_g, PS, PSP)
+        b_span, last = load_spans(p_span, i_row, PS, PSP)
+        b_slack = most_rounding(b_span, last, b_unit, b_fixed)
         b_slack += TAU_ROUNDING * (1.0 + tl.abs(b_tau))
         b_more = (b_radius[:, None] - 1.0) * b_spread + b_slack[None, :]
     elif OWN_REACH:

@@ -9,7 +9,7 @@ Programs that share a head by the parts of its size solve the threshold and weig
 import triton
 import triton.language as tl
 
-from .certificate import load_unread, store_certificate, sum_unread
+from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
 from .counters import SUPPORT, count_step
 from .entmax import (
     EXCESS_MASS,
@@ -134,7 +134,7 @@ def attend_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_near_score, p_near_slot, p_near_count, p_lower, p_peak, p_state,
     p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-    p_bound, p_span, p_rounding, p_unread_mass,
+    p_bound, p_span, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_head, s_block_table, list_stride, window,
     limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     s_page: tl.constexpr,
@@ -143,8 +143,9 @@ def attend_kernel(
     CLASSES: tl.constexpr, FP: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr,
     BV: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, DC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
-    COUNT: tl.constexpr, MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr, CHAINED: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, DC: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    CERTIFY: tl.constexpr, COUNT: tl.constexpr, MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Solves tau of one query head and weighs the values of its support, for one part in DS of
     the head size.
@@ -159,6 +160,14 @@ def attend_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
+    rounding = 0.0, 0.0
+    if CERTIFY > 0:
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    if CERTIFY == BOUNDED:
+        rounding = own_rounding(
+            p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
+            D, DP, ALIBI, ALPHA_PER_HEAD,
+        )  # fmt: skip
     left = 0
     if MAKE_UP and FLAGGED:
         left = any_of(p_exact_rows, rows // HKV)
@@ -175,11 +184,11 @@ def attend_kernel(
                 p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
                 p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
                 p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-                p_bound, p_span, p_rounding, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h,
-                s_page, s_head, s_block_table, list_stride, window, limit, rows, exact_below, scale,
-                factor, exponent, value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK,
-                S, SP, CLASSES, FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS,
-                PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
+                p_bound, p_span, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h, s_page,
+                s_head, s_block_table, list_stride, window, limit, rows, exact_below, scale, factor,
+                exponent, value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP,
+                CLASSES, FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
+                BM, EXACT_ROWS, CERTIFY, COUNT,
             )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
@@ -198,10 +207,9 @@ def attend_kernel(
     b_z = load_near(p_near_score, b_count, o_f, o_j, limit, -float("inf"))
     b_slot = load_near(p_near_slot, b_count, o_f, o_j, limit, 0)
     if CERTIFY > 0:
-        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound = load_unread(
-            p_listed_count, p_bound, p_span, p_rounding, i_b * HKV + i_h, i_head, i_d, n, ranked,
-            page_stride, P, PS, PSP, BC, DC, LISTED, CERTIFY, CHAINED,
+        unread, spans, b_bound = load_unread(
+            p_listed_count, p_bound, p_span, i_b * HKV + i_h, i_head, i_d, n, ranked,
+            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         peak = tl.load(p_peak + i_head)
         tl.debug_barrier()
@@ -211,8 +219,8 @@ def attend_kernel(
     b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
     if CERTIFY > 0:
         bound, complete = sum_unread(
-            p_bound, p_unread_mass, unread, rounding, b_bound, i_head,
-            i_d, ranked, tau, peak, b, page_stride, P, BC, DC, CERTIFY, ORDER, False,
+            p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head,
+            i_d, ranked, tau, peak, b, page_stride, P, BC, BM, DC, CERTIFY, ORDER, False,
         )  # fmt: skip
 
     b_acc, total, support = sum_values(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .attend import load_near, load_values, solve_held, store_head, sum_values
-from .certificate import load_unread, store_certificate, sum_unread
+from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
 from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments, weigh_scores
 from .fallback import any_of, make_up
@@ -63,7 +63,7 @@ def attend_short_kernel(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_score, p_maximum, p_near_place, p_near_score, p_near_slot, p_near_count,
     p_state, p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-    p_bound, p_span, p_rounding, p_unread_mass,
+    p_bound, p_span, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_head, s_block_table, list_stride, window,
     capacity, limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride,
     s_certificate, budget,
@@ -73,7 +73,7 @@ def attend_short_kernel(
     SP: tl.constexpr, CLASSES: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
     SHARES: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, DC: tl.constexpr,
     EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, MAKE_UP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -95,9 +95,16 @@ def attend_short_kernel(
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
     ROOM: tl.constexpr = TILES * S * (BN // P)
     listed = None
-    if budget is not None:
+    if budget is not None or CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+    if budget is not None:
         listed = count_listed(n, ranked, budget, P)
+    rounding = 0.0, 0.0
+    if CERTIFY == BOUNDED:
+        rounding = own_rounding(
+            p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
+            D, DP, ALIBI, ALPHA_PER_HEAD,
+        )  # fmt: skip
     if MAKE_UP:
         left = any_of(p_exact_rows, rows // HKV)
     await_previous(CHAINED)
@@ -107,12 +114,12 @@ def attend_short_kernel(
         make_up(
             p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens,
             p_exact_rows, p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words,
-            p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate,
-            p_bound, p_span, p_rounding, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h,
-            s_page, s_head, s_block_table, list_stride, window, limit, rows, exact_below, scale,
-            factor, exponent, value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S,
-            SP, CLASSES, FP, ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP,
-            BC, EXACT_ROWS, CERTIFY, COUNT,
+            p_trial_mass, p_partial, p_total, p_support, p_out, p_counters, p_certificate, p_bound,
+            p_span, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head,
+            s_block_table, list_stride, window, limit, rows, exact_below, scale, factor, exponent,
+            value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES, FP,
+            ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BM, EXACT_ROWS,
+            CERTIFY, COUNT,
         )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
@@ -138,11 +145,9 @@ def attend_short_kernel(
     if R <= WHOLE:
         b_page = tl.load(p_pages + o_entry, mask=m_entry, other=0).to(tl.int32)
     if CERTIFY > 0:
-        if budget is None:
-            _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound = load_unread(
-            p_listed_count, p_bound, p_span, p_rounding, i_b * HKV + i_h, i_head, i_d, n, ranked,
-            page_stride, P, PS, PSP, BC, DC, LISTED, CERTIFY, CHAINED,
+        unread, spans, b_bound = load_unread(
+            p_listed_count, p_bound, p_span, i_b * HKV + i_h, i_head, i_d, n, ranked,
+            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         # Loads are moved to where they are needed, but not past this: they go out together.
         tl.debug_barrier()
@@ -200,8 +205,8 @@ def attend_short_kernel(
     b_v = load_values(p_value, b_first_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
     if CERTIFY > 0:
         bound, complete = sum_unread(
-            p_bound, p_unread_mass, unread, rounding, b_bound, i_head, i_d, ranked, tau, peak, b,
-            page_stride, P, BC, DC, CERTIFY, ORDER, False,
+            p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head, i_d, ranked, tau,
+            peak, b, page_stride, P, BC, BM, DC, CERTIFY, ORDER, False,
         )  # fmt: skip
     b_acc, total, support = sum_values(
         p_value, p_near_score, p_near_slot, b_w, b_v, kept, o_f, o_v, o_d, kept, limit, tau, b,

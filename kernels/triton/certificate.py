@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 
 from ..reference.certificate import LEAST_BOUND, THRESHOLD_ROUNDING
+from ..reference.quest import LEAST_QUERY
 from ..report import BOUND_LIMITS, Counter
-from .entmax import weigh_scores
+from .entmax import head_parameters, weigh_scores
 from .pages import INTERPRETED
-from .scores import prefetch
 
 CERTIFIED = tl.constexpr(int(Counter.CERTIFIED))
 LEAST, LESS, MORE, MOST = map(tl.constexpr, BOUND_LIMITS)
 TAU_ROUNDING = tl.constexpr(THRESHOLD_ROUNDING * 2.0**-23)
 TINY = tl.constexpr(LEAST_BOUND)
+QUERY_MIN = tl.constexpr(LEAST_QUERY)
 
 # What CERTIFY says: nothing is asked for; how many pages are unread is all that is known of them;
 # their scores are bounded; they hold no weight.
@@ -46,17 +47,56 @@ def take_bounds(
 
 
 @triton.jit
-def load_rounding(
-    p_span, p_rounding, i_row, o_head, m_head, PS: tl.constexpr, PSP: tl.constexpr
+def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexpr):
+    """By how much at most rounding can change scores of keys, and bounds, for heads of which b_size
+    adds up the query's magnitudes: per sum of a page's two scales, and besides; see `sound_bounds`
+    in `reference/quest.py`."""
+    ROUNDING: tl.constexpr = 4 * D * 2.0**-23
+    b_size += QUERY_MIN
+    b_fixed = b_size * 0.0
+    if ALIBI:
+        b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
+    return b_size * b_scale * (ROUNDING * 127), b_fixed
+
+
+@triton.jit
+def own_rounding(
+    p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
+    D: tl.constexpr, DP: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
+    """The same of one query head. It takes only what the step is given."""
+    # No more than a warp has threads: their sum needs no exchange between warps.
+    BD: tl.constexpr = min(DP, 32)
+    p_q = p_query + i_b.to(tl.int64) * s_query_b + i_hq * s_query_h
+    b_size = tl.zeros([BD], tl.float32)
+    for i_d in tl.static_range(0, DP, BD):
+        o_d = i_d + tl.arange(0, BD)
+        b_size += tl.abs(tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32))
+    own_factor, _ = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    slope = own_factor
+    if ALIBI:
+        slope = tl.load(p_slopes + i_hq) * own_factor
+    return rounding_of(tl.sum(b_size, 0), own_factor * scale, slope, n, D, ALIBI)
+
+
+@triton.jit
+def load_spans(p_span, i_row, PS: tl.constexpr, PSP: tl.constexpr):
+    """Sums of the two scales of pages of a row, the largest ones, and that of its last page, which
+    is read without being ranked."""
+    BS: tl.constexpr = min(PSP, 32)
+    p_span += i_row * (PS + 1)
+    b_span = tl.zeros([BS], tl.float32)
+    for i_s in tl.static_range(0, PSP, BS):
+        o_s = i_s + tl.arange(0, BS)
+        b_span = tl.maximum(b_span, tl.load(p_span + o_s, mask=o_s < PS, other=0.0))
+    return b_span, tl.load(p_span + PS)
+
+
+@triton.jit
+def most_rounding(b_span, last, b_unit, b_fixed):
     """By how much at most rounding can change bounds of heads, the scores below them, and those of
-    keys that were read, by which the threshold moves; shaped as o_head."""
-    o_s = tl.arange(0, PSP)
-    b_span = tl.load(p_span + i_row * PS + o_s, mask=o_s < PS, other=0.0)
-    b_unit = tl.load(p_rounding + 3 * o_head, mask=m_head, other=0.0)
-    b_fixed = tl.load(p_rounding + 3 * o_head + 1, mask=m_head, other=0.0)
-    b_last = tl.load(p_rounding + 3 * o_head + 2, mask=m_head, other=0.0)
-    return 2.0 * (tl.maximum(tl.max(b_span, 0), b_last) * b_unit + b_fixed)
+    keys that were read, by which the threshold moves."""
+    return 2.0 * (tl.maximum(tl.max(b_span, 0), last) * b_unit + b_fixed)
 
 
 @triton.jit
@@ -68,28 +108,22 @@ def load_bounds(p_bound, i_head, o_page, ranked, page_stride):
 
 @triton.jit
 def load_unread(
-    p_listed_count, p_bound, p_span, p_rounding, i_row, i_head, i_c, n, ranked, page_stride,
-    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    LISTED: tl.constexpr, CERTIFY: tl.constexpr, CHAINED: tl.constexpr,
+    p_listed_count, p_bound, p_span, i_row, i_head, i_c, n, ranked, page_stride,
+    P: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
+    CERTIFY: tl.constexpr,
 ):  # fmt: skip
-    """What a certificate takes but the threshold: how many pages are unread where nothing bounds
-    them, else what rounding can do, and bounds of the first BC pages of part i_c in C; the others
-    are asked for."""
+    """What a certificate takes but the threshold and the head's own rounding: how many pages are
+    unread where nothing bounds them, else sums of the pages' scales, and bounds of the first BC
+    pages of part i_c."""
     unread = tl.full([], 0, tl.int32)
-    rounding = tl.full([], 0.0, tl.float32)
+    spans = tl.zeros([1], tl.float32), tl.full([], 0.0, tl.float32)
     b_bound = tl.zeros([BC], tl.float32)
     if CERTIFY == BOUNDED:
-        o_page = i_c * BC + tl.arange(0, BC)
-        b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
-        # One of eight, as many as a sector of the cache has.
-        o_page = i_c * BC + tl.arange(0, max(1, BC // 8)) * 8
-        for i_p in range(C * BC, ranked, C * BC):
-            p_b = p_bound + i_head.to(tl.int64) * page_stride + o_page + i_p
-            prefetch(p_b, o_page + i_p < ranked, CHAINED)
-        rounding = load_rounding(p_span, p_rounding, i_row, i_head, i_head >= 0, PS, PSP)
+        b_bound = load_bounds(p_bound, i_head, i_c * BC + tl.arange(0, BC), ranked, page_stride)
+        spans = load_spans(p_span, i_row, PS, PSP)
     elif LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
-    return unread, rounding, b_bound
+    return unread, spans, b_bound
 
 
 @triton.jit
@@ -128,30 +162,36 @@ def weigh_bounds(b_bound, raised, tau, b, ORDER: tl.constexpr, SOFTMAX: tl.const
 
 @triton.jit
 def sum_unread(
-    p_bound, p_unread_mass, unread, rounding, b_bound, i_head, i_c, ranked, tau, peak, b,
+    p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head, i_c, ranked, tau, peak, b,
     page_stride,
-    P: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr, ORDER: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    P: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr,
+    ORDER: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """The certificate of a head, which is what its unread tokens weigh at most and 0 if they can
     weigh nothing, and whether it is complete.
 
-    C programs share a head, each with every C-th BC of its pages; it is complete with the one that
-    comes last. Both are known to the program's first thread, with C = 1 to all.
+    C programs share a head, each with one of C tiles of BC of its pages and of C of BM as long as
+    there are more (BM is 0 if there cannot be); it is complete with the one that comes last. Both
+    are known to the program's first thread, with C = 1 to all.
 
     tau: the threshold less `peak`, or for SOFTMAX the logarithm of the sum of exponentials.
     """
     complete = tl.full([], 0, tl.int32) + i_c == 0
     if CERTIFY == BOUNDED:
-        raised = rounding + TAU_ROUNDING * (1.0 + tl.abs(tau + peak)) - peak
-        b_mass = weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX)
-        for i_p in range((i_c + C) * BC, ranked, C * BC):
-            o_page = i_p + tl.arange(0, BC)
-            b_bound = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
-            b_mass += weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX)
+        raised = most_rounding(spans[0], spans[1], rounding[0], rounding[1])
+        raised += TAU_ROUNDING * (1.0 + tl.abs(tau + peak)) - peak
         # More than the rounding of the weights, whose powers are good to less digits, and of their
         # sum.
-        mass = tl.sum(b_mass, 0) * (P * (1.0 + (16.0 + b) * 2.0**-16))
+        each = P * (1.0 + (16.0 + b) * 2.0**-16)
+        mass = tl.sum(weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX), 0) * each
+        # Of more than 1 the others change nothing, nor of SOFTMAX of no number.
+        if BM > 0 and mass < (float("inf") if SOFTMAX else 1.0):
+            b_more = tl.zeros([BM], tl.float32)
+            for i_p in range(C * BC + i_c * BM, ranked, C * BM):
+                o_page = i_p + tl.arange(0, BM)
+                b_own = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
+                b_more += weigh_bounds(b_own, raised, tau, b, ORDER, SOFTMAX)
+            mass += tl.sum(b_more, 0) * each
         if SOFTMAX:
             mass = tl.where(mass < float("inf"), mass / (1.0 + mass), 1.0)
         bound = tl.where(mass < 1.0, mass, 1.0)

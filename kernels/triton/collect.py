@@ -147,7 +147,7 @@ def guess_kernel(
 def collect_kernel(
     p_query, p_key, p_block_table, p_listed, p_listed_count, p_seq_lens, p_alpha, p_slopes, p_guess,
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
-    p_exact_rows, p_reach, p_page_extreme, p_bound, p_rounding, p_counters, p_words,
+    p_exact_rows, p_reach, p_page_extreme, p_bound, p_span, p_counters, p_words,
     p_new_key, p_new_value, p_slot_mapping, p_value, p_statistics, p_scales,
     s_query_b, s_query_h, s_head, s_block_table, list_stride, window, capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
@@ -200,9 +200,8 @@ def collect_kernel(
                 tl.debug_barrier()
                 p_own_scales = p_scales + i_h.to(tl.int64) * (s_statistics_head // 4)
                 p_last = p_block_table + i_b.to(tl.int64) * s_block_table + ranked
-                store_last_span(
-                    p_rounding, p_own_scales, p_last, i_row, o_g, ranked, s_statistics_page // 4, G
-                )  # fmt: skip
+                p_span += i_row * (PS + 1) + PS
+                store_last_span(p_span, p_own_scales, p_last, ranked, s_statistics_page // 4)
             allow_next(CHAINED)
             return
         _, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED, listed)

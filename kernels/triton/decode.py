@@ -44,7 +44,7 @@ NO_CHOICE: dict[str, Any] = dict.fromkeys(
 )
 """What the kernels are given of a choice of pages where there is none."""
 
-NO_BOUNDS: dict[str, Any] = dict.fromkeys(("p_bound", "p_span", "p_rounding", "p_unread_mass"))
+NO_BOUNDS: dict[str, Any] = dict.fromkeys(("p_bound", "p_span", "p_unread_mass"))
 """What they are given of bounds where nothing is certified by any."""
 
 
@@ -163,7 +163,7 @@ def decode(
         "EXACT_ROWS": exact_rows is not None,
         "OVERFULL": exact_rows is not None and shape.max_read < shape.max_tokens,
         "CERTIFY": _certify(selector, shape) if certified else 0,
-        "BC": shape.certificate_tile(4),
+        **_certificate_tiles(shape, 4, 1),
         "COUNT": counters is not None,
         "ALPHA_PER_HEAD": isinstance(alpha, Tensor),
         "CHAINED": can_chain(query.device),
@@ -219,6 +219,13 @@ def _certify(selector: Selector, shape: Shape) -> int:
     return BOUNDED.value if shape.certified else 1
 
 
+def _certificate_tiles(shape: Shape, warps: int, parts: int) -> dict[str, int]:
+    """Bounds that a program of so many warps, one of `parts` of a head, weighs first, and at once
+    of the others: 0 if there are none."""
+    first = shape.certificate_tile(warps, parts)
+    return {"BC": first, "BM": 4 * first if shape.max_pages > parts * first else 0}
+
+
 def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:
     """How the ranking of the pages is divided."""
     return {
@@ -253,8 +260,6 @@ def _list_pages(
         "o_scales": 4 * cache.scales.storage_offset() - 4 - cache.statistics.storage_offset(),
     }
     rows = (shape.page_splits, shape.kv_heads, shape.batch)
-    # One more says what rounding can do.
-    boxes = (shape.page_splits + int(arguments["ROUNDED"]), *rows[1:])
     tiles = (shape.list_tiles, *rows[1:])
     most: dict[str, Any] = {"STAGES": shape.page_stages}
     if shape.coded:
@@ -264,7 +269,7 @@ def _list_pages(
         # Registers of which there are enough for four programs on a multiprocessor.
         most["maxnreg"] = 128
     if isinstance(selector, TopK):
-        _chain(box_kernel, boxes, arguments, **most)
+        _chain(box_kernel, rows, arguments, **most)
         if shape.long_rows:
             _chain(distance_kernel, tiles, arguments, num_warps=8)
             if not shape.most_candidates:
@@ -273,7 +278,7 @@ def _list_pages(
             _chain(choose_kernel, rows[1:], arguments, num_warps=max(4, arguments["BL"] // 256))
     elif isinstance(selector, Adaptive | Exact):
         bounded = {"CERTIFY": BOUNDED.value if shape.certified else 0}
-        _chain(box_kernel, boxes, arguments | bounded, **most)
+        _chain(box_kernel, rows, arguments | bounded, **most)
         _list_reaching(shape, cache, selector, arguments)
     else:
         normal, root = NormalDist(), 1 / shape.page_size
@@ -362,7 +367,7 @@ def _attend(shape: Shape, arguments: dict[str, Any]) -> None:
     warps = _attend_warps(shape)
     sharing = shape.certificate_parts(warps)
     values = {
-        "BC": shape.certificate_tile(warps, sharing),
+        **_certificate_tiles(shape, warps, sharing),
         "DC": sharing,
         "BV": warps * 1024 // (shape.padded_head_size // shape.value_parts),
         "num_warps": warps,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .bracket import NARROW, PASSES, TRIALS, narrow_bracket
-from .certificate import load_unread, store_certificate, sum_unread
+from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
 from .counters import FALLBACKS, SUPPORT
 from .entmax import (
     FP16_WEIGHT,
@@ -82,7 +82,7 @@ def left_heads(
 def make_up_row(
     p_query, p_key, p_value, p_pages, p_listed_count, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
     p_maximum, p_words, p_trial_mass, p_partial, p_total, p_support, p_out, p_counters,
-    p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
+    p_certificate, p_bound, p_span, p_unread_mass,
     m_left, number, together, meetings, i_b, i_h, i_row, n, first, entries,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, list_stride, window,
     exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
@@ -90,7 +90,8 @@ def make_up_row(
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     SHARES: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of those heads of a row's group that are left, `m_left` [GP], with others;
     returns how often they have met.
@@ -228,13 +229,19 @@ def make_up_row(
                 peak = tl.sum(tl.where(m_own, b_peak, 0.0), 0)
                 b = tl.sum(tl.where(m_own, b_exponent, 0.0), 0)
                 _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-                unread, rounding, b_bound = load_unread(
-                    p_listed_count, p_bound, p_span, p_rounding, i_row, i_row * G + i_g, 0, n,
-                    ranked, page_stride, P, PS, PSP, BC, 1, LISTED, CERTIFY, False,
+                rounding = 0.0, 0.0
+                if CERTIFY == BOUNDED:
+                    rounding = own_rounding(
+                        p_query, p_alpha, p_slopes, i_b, i_h * G + i_g, n, s_query_b, s_query_h,
+                        scale, factor, exponent, D, DP, ALIBI, ALPHA_PER_HEAD,
+                    )  # fmt: skip
+                unread, spans, b_bound = load_unread(
+                    p_listed_count, p_bound, p_span, i_row, i_row * G + i_g, 0, n, ranked,
+                    page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
                 )  # fmt: skip
                 bound, complete = sum_unread(
-                    p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_g, 0, ranked,
-                    tau, peak, b, page_stride, P, BC, 1, CERTIFY, ORDER, False,
+                    p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_row * G + i_g, 0,
+                    ranked, tau, peak, b, page_stride, P, BC, BM, 1, CERTIFY, ORDER, False,
                 )  # fmt: skip
                 store_certificate(
                     p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
@@ -248,15 +255,15 @@ def make_up_row(
 def make_up(
     p_query, p_key, p_value, p_block_table, p_listed, p_listed_count, p_seq_lens, p_exact_rows,
     p_alpha, p_slopes, p_maximum, p_state, p_near_count, p_words, p_trial_mass, p_partial, p_total,
-    p_support, p_out, p_counters, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
+    p_support, p_out, p_counters, p_certificate, p_bound, p_span, p_unread_mass,
     s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, s_block_table, list_stride, window,
     limit, rows, exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     FP: tl.constexpr, ROOM: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, EXACT_ROWS: tl.constexpr,
-    CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of every head that is left, together with other programs of the launch."""
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
@@ -282,10 +289,10 @@ def make_up(
                 meetings = make_up_row(
                     p_query, p_key, p_value, p_pages, p_listed_count, p_seq_lens, p_exact_rows,
                     p_alpha, p_slopes, p_maximum, p_words, p_trial_mass, p_partial, p_total,
-                    p_support, p_out, p_counters, p_certificate, p_bound, p_span, p_rounding,
+                    p_support, p_out, p_counters, p_certificate, p_bound, p_span,
                     p_unread_mass, m_left, number, together, meetings, i_b, i_h, i_row, n, first,
                     entries, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, list_stride,
                     window, exact_below, scale, factor, exponent, value_scale, page_stride,
                     s_certificate, G, GP, D, DP, P, BK, S, SP, CLASSES, SHARES, WINDOW, LISTED,
-                    ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, EXACT_ROWS, CERTIFY, COUNT,
+                    ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BM, EXACT_ROWS, CERTIFY, COUNT,
                 )  # fmt: skip

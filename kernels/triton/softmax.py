@@ -6,7 +6,14 @@
 import triton
 import triton.language as tl
 
-from .certificate import BOUNDED, load_unread, store_certificate, sum_unread, take_bounds
+from .certificate import (
+    BOUNDED,
+    load_unread,
+    own_rounding,
+    store_certificate,
+    sum_unread,
+    take_bounds,
+)
 from .counters import SUPPORT, count_step
 from .pages import ranked_pages
 from .scores import load_pages, load_queries, load_rows, page_source, score_rows
@@ -94,12 +101,15 @@ def softmax_kernel(
 @triton.jit
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
-    p_exact_rows, p_listed_count, p_certificate, p_bound, p_span, p_rounding, p_unread_mass,
-    s_out_b, s_out_h, window, exact_below, value_scale, page_stride, s_certificate,
+    p_exact_rows, p_listed_count, p_certificate, p_bound, p_span, p_unread_mass, p_query,
+    p_slopes,
+    s_out_b, s_out_h, s_query_b, s_query_h, window,
+    exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr,
-    EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
+    ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of one query head in their order."""
     i_hq, i_b = tl.program_id(0), tl.program_id(1)
@@ -130,13 +140,19 @@ def softmax_combine_kernel(
             tl.atomic_add(p_counters + SUPPORT, support.to(tl.int64), sem="relaxed")
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
-        unread, rounding, b_bound = load_unread(
-            p_listed_count, p_bound, p_span, p_rounding, i_row, i_row * G + i_hq % G, 0, n, ranked,
-            page_stride, P, PS, PSP, BC, 1, LISTED, CERTIFY, False,
+        rounding = 0.0, 0.0
+        if CERTIFY == BOUNDED:
+            rounding = own_rounding(
+                p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor,
+                exponent, D, DP, ALIBI, ALPHA_PER_HEAD,
+            )  # fmt: skip
+        unread, spans, b_bound = load_unread(
+            p_listed_count, p_bound, p_span, i_row, i_row * G + i_hq % G, 0, n, ranked,
+            page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
         bound, complete = sum_unread(
-            p_bound, p_unread_mass, unread, rounding, b_bound, i_row * G + i_hq % G, 0, ranked,
-            tl.log(total), peak, 1.0, page_stride, P, BC, 1, CERTIFY, 1, True,
+            p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_row * G + i_hq % G, 0,
+            ranked, tl.log(total), peak, 1.0, page_stride, P, BC, BM, 1, CERTIFY, 1, True,
         )  # fmt: skip
         store_certificate(
             p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT

@@ -7,13 +7,10 @@ it."""
 import triton
 import triton.language as tl
 
-from ..reference.quest import LEAST_QUERY
 from .codes import SPREAD_UNITS, first_columns, highest_of_codes, span, turn_queries
 from .nearest_long import SAMPLED
 from .pages import INTERPRETED, load_center, load_statistics, ranked_pages
 from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
-
-QUERY_MIN = tl.constexpr(LEAST_QUERY)
 
 
 @triton.jit
@@ -67,34 +64,12 @@ def sum_squares(b_half, b_q):
 
 
 @triton.jit
-def store_last_span(
-    p_rounding, p_scale, p_page, i_row, o_g, ranked, s_page, G: tl.constexpr
-):  # fmt: skip
-    """Sum of the two scales of the last page of a row, of which `ranked` pages are ranked, as the
-    third number of p_rounding; s_page is in scales."""
+def store_last_span(p_span, p_scale, p_page, ranked, s_page):
+    """Sum of the two scales of the last page of a row, of which `ranked` pages are ranked; s_page
+    is in scales."""
     p_scale += tl.load(p_page, mask=ranked > 0, other=0).to(tl.int64) * s_page
     span = tl.load(p_scale, mask=ranked > 0, other=0.0)
-    span += tl.load(p_scale + 1, mask=ranked > 0, other=0.0)
-    b_span = tl.zeros(o_g.shape, tl.float32) + span
-    tl.store(p_rounding + (i_row * G + o_g) * 3 + 2, b_span, mask=o_g < G)
-
-
-@triton.jit
-def store_rounding(
-    p_rounding, b_q, b_scale, b_slope, i_row, o_g, n,
-    G: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr,
-):  # fmt: skip
-    """By how much at most rounding can change scores of keys, and bounds, for each head of a group:
-    per sum of a page's two scales, and besides, and this sum of the last page, which is read
-    without being ranked, [rows, G, 3]: all but that; see `sound_bounds` in `reference/quest.py`."""
-    ROUNDING: tl.constexpr = 4 * D * 2.0**-23
-    b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0) + QUERY_MIN
-    p_own = p_rounding + (i_row * G + o_g) * 3
-    tl.store(p_own, b_size * b_scale * (ROUNDING * 127), mask=o_g < G)
-    b_fixed = b_size * 0.0
-    if ALIBI:
-        b_fixed += tl.abs(b_slope) * n.to(tl.float32) * ROUNDING
-    tl.store(p_own + 1, b_fixed, mask=o_g < G)
+    tl.store(p_span, span + tl.load(p_scale + 1, mask=ranked > 0, other=0.0))
 
 
 @triton.jit
@@ -145,7 +120,7 @@ def most_of_three(most_0, most_1, most_2, own_0, own_1, own_2):
 def box_kernel(
     p_query, p_statistics, p_block_table, p_seq_lens, p_exact_rows, p_alpha, p_slopes,
     p_reach, p_spread, p_page_extreme, p_page_sample, p_member_count, p_bound, p_span,
-    p_rounding, p_unread_mass,
+    p_unread_mass,
     s_query_b, s_query_h, s_head, s_block_table, page_stride, exact_below, early,
     scale, factor, exponent,
     s_page: tl.constexpr, o_scales: tl.constexpr,
@@ -165,9 +140,9 @@ def box_kernel(
     CODES: by codes of the keys, in place of boxes; if SHORTER, as bounds are by them.
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
-    ROUNDED: also how much that can be, for each head p_rounding, by a program of its own after the
-    splits, and the largest sum of the two scales of a page of a split, p_span [rows, PS].
-    APPENDS: the last page is not yet appended to, and who does that says what it adds to this.
+    ROUNDED: also what that depends on, the largest sum of the two scales of a page of a split and
+    the last page's, p_span [rows, PS + 1].
+    APPENDS: that page is not yet appended to, and who does that says what it adds to this.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -186,17 +161,8 @@ def box_kernel(
     p_stat = p_statistics + i_h.to(tl.int64) * s_head
     p_scale = (p_stat + o_scales).to(tl.pointer_type(tl.float32))
     p_table = p_block_table + i_b.to(tl.int64) * s_block_table
-    if ROUNDED and i_s == PS:
-        store_rounding(p_rounding, b_q, b_scale, b_slope, i_row, o_g, n, G, D, ALIBI)
-        if not APPENDS:
-            # The launch before may write the last page.
-            await_previous(CHAINED)
-            store_last_span(
-                p_rounding, p_scale + 1, p_table + ranked, i_row, o_g, ranked, s_page // 4, G
-            )  # fmt: skip
-        if CERTIFY:
-            tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
-        return
+    if CERTIFY and i_s == 0:
+        tl.store(p_unread_mass + i_row * G + o_g, 0, mask=m_g)
     if CODES:
         b_0, b_1, b_2, b_3, b_shift, b_size, b_norm = turn_queries(
             p_query, i_b, i_h, s_query_b, s_query_h, G, GP, D, max(32, DP // 4)
@@ -268,7 +234,12 @@ def box_kernel(
     # They go through the block's one exchange.
     if ROUNDED:
         b_most, b_least, b_span = tl.reduce((b_maximum, -b_minimum, b_span), 0, most_of_three)
-        store_held(p_span + i_row * PS + i_s + o_g, b_span, o_g == 0)
+        p_span += i_row * (PS + 1)
+        store_held(p_span + i_s + o_g, b_span, o_g == 0)
+        if not APPENDS and i_s == PS - 1:
+            # The launch before may write the last page.
+            await_previous(CHAINED)
+            store_last_span(p_span + PS, p_scale + 1, p_table + ranked, ranked, s_page // 4)
     else:
         b_most, b_least = tl.reduce((b_maximum, -b_minimum), 0, most_of_two)
     p_e = p_page_extreme + (i_row * PS + i_s) * (2 * GW) + 2 * o_g

@@ -353,9 +353,10 @@ class Shape:
         return -(-self.first_pages // (self.tile // self.page_size))
 
     def certificate_tile(self, warps: int, parts: int = 1) -> int:
-        """Bounds that a program of so many warps, one of `parts` of a head, holds at once: of all
-        pages, or 16 a thread."""
-        return min(power_of_two(-(-self.max_pages // parts)), 512 * warps)
+        """Bounds that a program of so many warps, one of `parts` of a head, weighs first: of all
+        pages, or four a thread, or eight of one that is alone."""
+        most = (256 if parts == 1 else 128) * warps
+        return min(power_of_two(-(-self.max_pages // parts)), most)
 
     def certificate_parts(self, warps: int) -> int:
         """Parts of a head that share the bounds of its pages: one of 8 a thread takes less time
@@ -415,8 +416,7 @@ class Shape:
         if self.selector != "exact" and self.selector != "gaussian":
             fields["page_extreme"] = torch.float32, page_own * 2
         if self.certified or self.selector == "pruned":
-            fields["span"] = torch.float32, rows * self.page_splits
-            fields["rounding"] = torch.float32, heads * 3
+            fields["span"] = torch.float32, rows * (self.page_splits + 1)
         if self.first_pages:
             first = heads * self.first_tiles * self.tile
             fields |= {

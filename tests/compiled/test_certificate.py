@@ -99,6 +99,16 @@ def test_budgets_of_some_thousand_tokens_are_certified():
     check(scene, selector)
 
 
+def test_rounding_goes_by_the_largest_page_of_whichever_split(monkeypatch):
+    monkeypatch.setattr(workspace.Shape, "page_tile", 16)
+    scene = tight_scene([9000], kv_heads=1)
+    usual = check(scene, TopK(96))
+    assert Step(scene, TopK(96), certify=True).shape.page_splits > 33
+    page = scene.block_table[0, 33 * 16 + 5]
+    scene.cache.scales[page, :, 0] *= 1e3
+    assert (check(scene, TopK(96)) > usual + 0.01).any()
+
+
 @pytest.mark.parametrize("held", [HELD, 0], ids=["scores in registers", "scores in lists"])
 @pytest.mark.parametrize("parts", [1, 4], ids=["one program", "four that share a head"])
 def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, parts, monkeypatch):
