@@ -14,8 +14,10 @@ import triton.language as tl
 from ..reference.adaptive import FIRST_SHARE, NEIGHBOURS
 from .certificate import (
     TAU_ROUNDING,
+    load_last_span,
     load_spans,
     most_rounding,
+    place_last_scales,
     rounding_of,
 )
 from .entmax import EXCESS_MASS, NEWTON_STEPS, newton_step, weights_and_slopes
@@ -221,6 +223,9 @@ def wanted_kernel(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
     )
     if PROVE:
+        p_last = place_last_scales(
+            p_block_table, p_scales, i_b, i_h, ranked, s_block_table, s_page // 4, s_head // 4
+        )
         b_q = load_queries(p_query, i_b, i_h, o_g, tl.arange(0, DP), s_query_b, s_query_h, G, D)
         b_size = tl.sum(tl.abs(b_q.to(tl.float32)), 0)
         b_unit, b_fixed = rounding_of(b_size, b_scale, b_slope, n, D, ALIBI)
@@ -237,7 +242,7 @@ def wanted_kernel(
     b_tau = solve_heads(b_z, b_exponent, ORDER)
     b_above = b_reach - b_tau[None, :]
     if PROVE:
-        b_span, last = load_spans(p_span, i_row, PS, PSP)
+        b_span, last = load_spans(p_span, i_row, PS, PSP), load_last_span(p_last, ranked)
         b_slack = most_rounding(b_span, last, b_unit, b_fixed)
         b_slack += TAU_ROUNDING * (1.0 + tl.abs(b_tau))
         b_more = (b_radius[:, None] - 1.0) * b_spread + b_slack[None, :]

@@ -9,7 +9,14 @@ Programs that share a head by the parts of its size solve the threshold and weig
 import triton
 import triton.language as tl
 
-from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
+from .certificate import (
+    BOUNDED,
+    load_query,
+    load_unread,
+    own_rounding,
+    store_certificate,
+    sum_unread,
+)
 from .counters import SUPPORT, count_step
 from .entmax import (
     EXCESS_MASS,
@@ -160,14 +167,11 @@ def attend_kernel(
     i_h = i_hq // G
     i_head = i_b * HKV * G + i_hq
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
-    rounding = 0.0, 0.0
     if CERTIFY > 0:
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     if CERTIFY == BOUNDED:
-        rounding = own_rounding(
-            p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
-            D, DP, ALIBI, ALPHA_PER_HEAD,
-        )  # fmt: skip
+        parts = load_query(p_query, i_b, i_hq, s_query_b, s_query_h, D, DP)
+        slope = tl.load(p_slopes + i_hq) if ALIBI else 0.0
     left = 0
     if MAKE_UP and FLAGGED:
         left = any_of(p_exact_rows, rows // HKV)
@@ -198,7 +202,7 @@ def attend_kernel(
     p_near_count += i_head * FP
     p_near_score += (i_head * FP).to(tl.int64) * limit
     p_near_slot += (i_head * FP).to(tl.int64) * limit
-    _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    own_factor, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
     p_value += i_h.to(tl.int64) * s_head
     o_v, o_d = tl.arange(0, BV), i_d * (DP // DS) + tl.arange(0, DP // DS)
     o_f, o_j = o_v // (BV // FP), o_v % (BV // FP)
@@ -217,6 +221,9 @@ def attend_kernel(
     tau = solve_near(p_near_score, p_near_count, longest, lower, limit, b, FP, R, ORDER)
     b_w = weigh_scores(b_z, tau, b, ORDER)  # [BV]
     b_v = load_values(p_value, b_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
+    rounding = 0.0, 0.0
+    if CERTIFY == BOUNDED:
+        rounding = own_rounding(parts, own_factor * scale, own_factor * slope, n, D, DP, ALIBI)
     if CERTIFY > 0:
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head,

@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 
 from .attend import load_near, load_values, solve_held, store_head, sum_values
-from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
+from .certificate import (
+    BOUNDED,
+    load_query,
+    load_unread,
+    own_rounding,
+    store_certificate,
+    sum_unread,
+)
 from .counters import count_step
 from .entmax import head_parameters, newton_step, sum_moments, weigh_scores
 from .fallback import any_of, make_up
@@ -99,12 +106,9 @@ def attend_short_kernel(
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
     if budget is not None:
         listed = count_listed(n, ranked, budget, P)
-    rounding = 0.0, 0.0
     if CERTIFY == BOUNDED:
-        rounding = own_rounding(
-            p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
-            D, DP, ALIBI, ALPHA_PER_HEAD,
-        )  # fmt: skip
+        parts = load_query(p_query, i_b, i_hq, s_query_b, s_query_h, D, DP)
+        slope = tl.load(p_slopes + i_hq) if ALIBI else 0.0
     if MAKE_UP:
         left = any_of(p_exact_rows, rows // HKV)
     await_previous(CHAINED)
@@ -123,7 +127,7 @@ def attend_short_kernel(
         )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
-    _, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
+    own_factor, b = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
     if R > WHOLE:
         o_a = tl.arange(0, SP * CLASSES)
         p_maximum += i_head * (S * CLASSES)
@@ -203,6 +207,9 @@ def attend_short_kernel(
     b_first_slot = load_near(p_near_slot, kept, o_f, o_v, limit, 0)
     b_w = weigh_scores(b_first, tau, b, ORDER)  # [BV]
     b_v = load_values(p_value, b_first_slot, b_w, o_d, s_page, D, P)  # [BV, DS]
+    rounding = 0.0, 0.0
+    if CERTIFY == BOUNDED:
+        rounding = own_rounding(parts, own_factor * scale, own_factor * slope, n, D, DP, ALIBI)
     if CERTIFY > 0:
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head, i_d, ranked, tau,

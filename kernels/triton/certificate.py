@@ -13,7 +13,7 @@ import triton.language as tl
 from ..reference.certificate import LEAST_BOUND, THRESHOLD_ROUNDING
 from ..reference.quest import LEAST_QUERY
 from ..report import BOUND_LIMITS, Counter
-from .entmax import head_parameters, weigh_scores
+from .entmax import weigh_scores
 from .pages import INTERPRETED
 
 CERTIFIED = tl.constexpr(int(Counter.CERTIFIED))
@@ -60,36 +60,57 @@ def rounding_of(b_size, b_scale, b_slope, n, D: tl.constexpr, ALIBI: tl.constexp
 
 
 @triton.jit
-def own_rounding(
-    p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor, exponent,
-    D: tl.constexpr, DP: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
-):  # fmt: skip
-    """The same of one query head. It takes only what the step is given."""
-    # No more than a warp has threads: their sum needs no exchange between warps.
+def load_query(p_query, i_b, i_hq, s_query_b, s_query_h, D: tl.constexpr, DP: tl.constexpr):
+    """The query of a head, as parts of which each warp has all. It is given with the step, so that
+    no launch is awaited, and asked for here, before it is needed."""
     BD: tl.constexpr = min(DP, 32)
     p_q = p_query + i_b.to(tl.int64) * s_query_b + i_hq * s_query_h
-    b_size = tl.zeros([BD], tl.float32)
+    parts = ()
     for i_d in tl.static_range(0, DP, BD):
         o_d = i_d + tl.arange(0, BD)
-        b_size += tl.abs(tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32))
-    own_factor, _ = head_parameters(p_alpha, factor, exponent, i_hq, i_hq >= 0, ALPHA_PER_HEAD)
-    slope = own_factor
-    if ALIBI:
-        slope = tl.load(p_slopes + i_hq) * own_factor
-    return rounding_of(tl.sum(b_size, 0), own_factor * scale, slope, n, D, ALIBI)
+        parts += (tl.load(p_q + o_d, mask=o_d < D, other=0.0),)
+    return parts
+
+
+@triton.jit
+def own_rounding(
+    parts, own_scale, slope, n, D: tl.constexpr, DP: tl.constexpr, ALIBI: tl.constexpr
+):
+    """`rounding_of` one query head. The sum needs no exchange between warps."""
+    BD: tl.constexpr = min(DP, 32)
+    b_size = tl.zeros([BD], tl.float32)
+    for i_d in tl.static_range(0, DP // BD):
+        b_size += tl.abs(parts[i_d].to(tl.float32))
+    return rounding_of(tl.sum(b_size, 0), own_scale, slope, n, D, ALIBI)
+
+
+@triton.jit
+def place_last_scales(
+    p_block_table, p_scales, i_b, i_h, ranked, s_block_table, s_scales_page, s_scales_head
+):
+    """Where the scales are of the last page of a row, which is read without being ranked."""
+    p_table = p_block_table + i_b.to(tl.int64) * s_block_table
+    page = tl.load(p_table + ranked, mask=ranked > 0, other=0).to(tl.int64)
+    return p_scales + page * s_scales_page + i_h.to(tl.int64) * s_scales_head
+
+
+@triton.jit
+def load_last_span(p_last, ranked):
+    """Sum of the two scales of that page."""
+    span = tl.load(p_last, mask=ranked > 0, other=0.0)
+    return span + tl.load(p_last + 1, mask=ranked > 0, other=0.0)
 
 
 @triton.jit
 def load_spans(p_span, i_row, PS: tl.constexpr, PSP: tl.constexpr):
-    """Sums of the two scales of pages of a row, the largest ones, and that of its last page, which
-    is read without being ranked."""
+    """Sums of the two scales of pages of a row, the largest ones."""
     BS: tl.constexpr = min(PSP, 32)
-    p_span += i_row * (PS + 1)
     b_span = tl.zeros([BS], tl.float32)
     for i_s in tl.static_range(0, PSP, BS):
         o_s = i_s + tl.arange(0, BS)
-        b_span = tl.maximum(b_span, tl.load(p_span + o_s, mask=o_s < PS, other=0.0))
-    return b_span, tl.load(p_span + PS)
+        p_s = p_span + i_row * (PS + 1) + o_s
+        b_span = tl.maximum(b_span, tl.load(p_s, mask=o_s < PS, other=0.0))
+    return b_span
 
 
 @triton.jit
@@ -120,7 +141,7 @@ def load_unread(
     b_bound = tl.zeros([BC], tl.float32)
     if CERTIFY == BOUNDED:
         b_bound = load_bounds(p_bound, i_head, i_c * BC + tl.arange(0, BC), ranked, page_stride)
-        spans = load_spans(p_span, i_row, PS, PSP)
+        spans = load_spans(p_span, i_row, PS, PSP), tl.load(p_span + i_row * (PS + 1) + PS)
     elif LISTED and CERTIFY != PROVED:
         unread += (n + P - 1) // P - tl.load(p_listed_count + i_row)
     return unread, spans, b_bound

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .append import to_stored
-from .certificate import BOUNDED, take_bounds
+from .certificate import BOUNDED, load_last_span, place_last_scales, take_bounds
 from .entmax import head_parameters, newton_step, norm, sum_moments, weights_and_slopes
 from .nearest import list_own
 from .newest import write_last_statistics, write_newest
@@ -32,7 +32,6 @@ from .scores import (
     score_rows,
 )
 from .together import clear_words
-from .topk import store_last_span
 
 # Mass above the guess that the sample is made to show: more gives longer lists, less failures.
 GUESSED_MASS = tl.constexpr(2.5)
@@ -149,7 +148,8 @@ def collect_kernel(
     p_slot, p_score, p_count, p_maximum, p_mass, p_slope,
     p_exact_rows, p_reach, p_page_extreme, p_bound, p_span, p_counters, p_words,
     p_new_key, p_new_value, p_slot_mapping, p_value, p_statistics, p_scales,
-    s_query_b, s_query_h, s_head, s_block_table, list_stride, window, capacity, store_below,
+    s_query_b, s_query_h, s_head, s_block_table, s_scales_page, s_scales_head, list_stride, window,
+    capacity, store_below,
     early, scale, factor, exponent, page_stride, exact_below, budget,
     s_new_key_b, s_new_key_h, s_new_value_b, s_new_value_h, s_statistics_page, s_statistics_head,
     key_scale, value_scale, batch,
@@ -198,10 +198,11 @@ def collect_kernel(
             if CERTIFY == BOUNDED:
                 # The program's other threads wrote some of what a thread reads.
                 tl.debug_barrier()
-                p_own_scales = p_scales + i_h.to(tl.int64) * (s_statistics_head // 4)
-                p_last = p_block_table + i_b.to(tl.int64) * s_block_table + ranked
-                p_span += i_row * (PS + 1) + PS
-                store_last_span(p_span, p_own_scales, p_last, ranked, s_statistics_page // 4)
+                p_last = place_last_scales(
+                    p_block_table, p_scales, i_b, i_h, ranked, s_block_table, s_scales_page,
+                    s_scales_head,
+                )  # fmt: skip
+                tl.store(p_span + i_row * (PS + 1) + PS, load_last_span(p_last, ranked))
             allow_next(CHAINED)
             return
         _, entries = count_pages(p_listed_count, i_row, n, window, P, WINDOW, LISTED, listed)
@@ -211,6 +212,13 @@ def collect_kernel(
             s_new_value_h, s_page, s_head, s_block_table, key_scale, value_scale, D, DP, P, PAGES,
             S, COUNT,
         )  # fmt: skip
+    if CERTIFY == BOUNDED and not APPENDS:
+        # One of the splits says it, the last one, which reads no more than others.
+        _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
+        ranked = tl.where(i_s == S - 1, ranked, 0)
+        p_last = place_last_scales(
+            p_block_table, p_scales, i_b, i_h, ranked, s_block_table, s_scales_page, s_scales_head
+        )
     m_g = o_g < G
     b_scale, b_slope, b_exponent = load_scales(
         p_alpha, p_slopes, i_h, o_g, scale, factor, exponent, G, ALIBI, ALPHA_PER_HEAD
@@ -225,6 +233,8 @@ def collect_kernel(
         )  # fmt: skip
     elif LISTED:
         await_previous(CHAINED)
+    if CERTIFY == BOUNDED and not APPENDS:
+        last = load_last_span(p_last, ranked)
     allow_next(CHAINED and (OVERLAPPED or not LISTED))
     p_pages, first, entries = page_source(
         p_block_table, p_listed, p_listed_count, i_b, i_row, n, window, s_block_table, list_stride,
@@ -300,6 +310,8 @@ def collect_kernel(
     allow_next(CHAINED and not (OVERLAPPED or not LISTED))
     if MAKE_UP and i_s + i_h + i_b == 0:
         clear_words(p_words)
+    if CERTIFY == BOUNDED and not APPENDS and i_s == S - 1:
+        tl.store(p_span + i_row * (PS + 1) + PS, last)
     tl.store(p_count + own, count)
     # Rows of a tile are taken together so far as they lie in one warp.
     o_class = tl.arange(0, CLASSES)[:, None]

@@ -117,6 +117,8 @@ def decode(
         "p_counters": counters,
         "p_certificate": certificate,
         "p_scales": cache.scales,
+        "s_scales_page": cache.scales.stride(0),
+        "s_scales_head": cache.scales.stride(1),
         "s_query_b": query.stride(0),
         "s_query_h": query.stride(1),
         "s_out_b": out.stride(0),

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 
 from .bracket import NARROW, PASSES, TRIALS, narrow_bracket
-from .certificate import BOUNDED, load_unread, own_rounding, store_certificate, sum_unread
+from .certificate import (
+    BOUNDED,
+    load_query,
+    load_unread,
+    own_rounding,
+    store_certificate,
+    sum_unread,
+)
 from .counters import FALLBACKS, SUPPORT
 from .entmax import (
     FP16_WEIGHT,
@@ -231,10 +238,10 @@ def make_up_row(
                 _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
                 rounding = 0.0, 0.0
                 if CERTIFY == BOUNDED:
-                    rounding = own_rounding(
-                        p_query, p_alpha, p_slopes, i_b, i_h * G + i_g, n, s_query_b, s_query_h,
-                        scale, factor, exponent, D, DP, ALIBI, ALPHA_PER_HEAD,
-                    )  # fmt: skip
+                    parts = load_query(p_query, i_b, i_h * G + i_g, s_query_b, s_query_h, D, DP)
+                    own_scale = tl.sum(tl.where(m_own, b_scale, 0.0), 0)
+                    slope = tl.sum(tl.where(m_own, b_slope, 0.0), 0)
+                    rounding = own_rounding(parts, own_scale, slope, n, D, DP, ALIBI)
                 unread, spans, b_bound = load_unread(
                     p_listed_count, p_bound, p_span, i_row, i_row * G + i_g, 0, n, ranked,
                     page_stride, P, PS, PSP, BC, LISTED, CERTIFY,

@@ -8,8 +8,11 @@ import triton.language as tl
 
 from .certificate import (
     BOUNDED,
+    load_last_span,
+    load_query,
     load_unread,
     own_rounding,
+    place_last_scales,
     store_certificate,
     sum_unread,
     take_bounds,
@@ -102,9 +105,9 @@ def softmax_kernel(
 def softmax_combine_kernel(
     p_seq_lens, p_alpha, p_maximum, p_partial, p_total, p_support, p_out, p_counters,
     p_exact_rows, p_listed_count, p_certificate, p_bound, p_span, p_unread_mass, p_query,
-    p_slopes,
-    s_out_b, s_out_h, s_query_b, s_query_h, window,
-    exact_below, scale, factor, exponent, value_scale, page_stride, s_certificate,
+    p_slopes, p_block_table, p_scales,
+    s_out_b, s_out_h, s_query_b, s_query_h, s_block_table, s_scales_page, s_scales_head, window,
+    exact_below, scale, value_scale, page_stride, s_certificate,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
@@ -142,14 +145,19 @@ def softmax_combine_kernel(
         _, ranked = ranked_pages(p_seq_lens, p_exact_rows, i_b, exact_below, P, EXACT_ROWS)
         rounding = 0.0, 0.0
         if CERTIFY == BOUNDED:
-            rounding = own_rounding(
-                p_query, p_alpha, p_slopes, i_b, i_hq, n, s_query_b, s_query_h, scale, factor,
-                exponent, D, DP, ALIBI, ALPHA_PER_HEAD,
-            )  # fmt: skip
+            parts = load_query(p_query, i_b, i_hq, s_query_b, s_query_h, D, DP)
+            slope = tl.load(p_slopes + i_hq) if ALIBI else 0.0
+            rounding = own_rounding(parts, scale, slope, n, D, DP, ALIBI)
         unread, spans, b_bound = load_unread(
             p_listed_count, p_bound, p_span, i_row, i_row * G + i_hq % G, 0, n, ranked,
             page_stride, P, PS, PSP, BC, LISTED, CERTIFY,
         )  # fmt: skip
+        if CERTIFY == BOUNDED:
+            p_last = place_last_scales(
+                p_block_table, p_scales, i_b, i_hq // G, ranked, s_block_table, s_scales_page,
+                s_scales_head,
+            )  # fmt: skip
+            spans = spans[0], load_last_span(p_last, ranked)
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_row * G + i_hq % G, 0,
             ranked, tl.log(total), peak, 1.0, page_stride, P, BC, BM, 1, CERTIFY, 1, True,

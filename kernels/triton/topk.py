@@ -10,7 +10,7 @@ import triton.language as tl
 from .codes import SPREAD_UNITS, first_columns, highest_of_codes, span, turn_queries
 from .nearest_long import SAMPLED
 from .pages import INTERPRETED, load_center, load_statistics, ranked_pages
-from .scores import allow_next, await_if, await_previous, load_queries, load_scales, may_be_fresh
+from .scores import allow_next, await_if, load_queries, load_scales, may_be_fresh
 
 
 @triton.jit
@@ -61,15 +61,6 @@ def sum_squares(b_half, b_q):
             b_half, b_square = b_half.to(tl.bfloat16), b_square.to(tl.bfloat16)
             # The products of bf16 in tf32 are exact.
             return tl.dot(b_half.to(tl.float32), b_square.to(tl.float32))
-
-
-@triton.jit
-def store_last_span(p_span, p_scale, p_page, ranked, s_page):
-    """Sum of the two scales of the last page of a row, of which `ranked` pages are ranked; s_page
-    is in scales."""
-    p_scale += tl.load(p_page, mask=ranked > 0, other=0).to(tl.int64) * s_page
-    span = tl.load(p_scale, mask=ranked > 0, other=0.0)
-    tl.store(p_span, span + tl.load(p_scale + 1, mask=ranked > 0, other=0.0))
 
 
 @triton.jit
@@ -128,7 +119,7 @@ def box_kernel(
     DP: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PS: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, EXACT_ROWS: tl.constexpr, LONG: tl.constexpr,
     STEP: tl.constexpr, CODES: tl.constexpr, SHORTER: tl.constexpr, SPREAD: tl.constexpr,
-    ROUNDED: tl.constexpr, CERTIFY: tl.constexpr, APPENDS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    ROUNDED: tl.constexpr, CERTIFY: tl.constexpr, OVERLAPPED: tl.constexpr,
     CHAINED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """How high the scores z of pages reach, per query head, and the largest and the least of a
@@ -140,9 +131,8 @@ def box_kernel(
     CODES: by codes of the keys, in place of boxes; if SHORTER, as bounds are by them.
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
-    ROUNDED: also what that depends on, the largest sum of the two scales of a page of a split and
-    the last page's, p_span [rows, PS + 1].
-    APPENDS: that page is not yet appended to, and who does that says what it adds to this.
+    ROUNDED: also what that depends on, the largest sum of the two scales of a page of a split,
+    p_span [rows, PS + 1]. That of the last page, which is not ranked, is added by who reads it.
     """
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -234,12 +224,7 @@ def box_kernel(
     # They go through the block's one exchange.
     if ROUNDED:
         b_most, b_least, b_span = tl.reduce((b_maximum, -b_minimum, b_span), 0, most_of_three)
-        p_span += i_row * (PS + 1)
-        store_held(p_span + i_s + o_g, b_span, o_g == 0)
-        if not APPENDS and i_s == PS - 1:
-            # The launch before may write the last page.
-            await_previous(CHAINED)
-            store_last_span(p_span + PS, p_scale + 1, p_table + ranked, ranked, s_page // 4)
+        store_held(p_span + i_row * (PS + 1) + i_s + o_g, b_span, o_g == 0)
     else:
         b_most, b_least = tl.reduce((b_maximum, -b_minimum), 0, most_of_two)
     p_e = p_page_extreme + (i_row * PS + i_s) * (2 * GW) + 2 * o_g

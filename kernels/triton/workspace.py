@@ -359,9 +359,9 @@ class Shape:
         return min(power_of_two(-(-self.max_pages // parts)), most)
 
     def certificate_parts(self, warps: int) -> int:
-        """Parts of a head that share the bounds of its pages: one of 8 a thread takes less time
-        than to add up those of several."""
-        return 1 if power_of_two(self.max_pages) <= 256 * warps else self.value_parts
+        """Parts of a head that share the bounds of its pages: one of 32 a thread at most takes less
+        time than to add up those of several."""
+        return 1 if power_of_two(self.max_pages) <= 1024 * warps else self.value_parts
 
     @cached_property
     def most_members(self) -> int:
