@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from entmaxkv_vllm import DEMO_MODEL, __version__
-from entmaxkv_vllm.bench.options import DATA, DTYPES, EXPECTATIONS, PEERS, Options, add_load
+from entmaxkv_vllm.bench.options import (
+    BY_CODES,
+    DATA,
+    DTYPES,
+    EXPECTATIONS,
+    PEERS,
+    Options,
+    add_load,
+)
 from entmaxkv_vllm.config import PAGE_SIZES, SELECTORS
 from entmaxkv_vllm.evaluate.ruler import TASKS
 
@@ -113,7 +121,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     kernels.add_argument(
         "batches", nargs="+", metavar="BATCH", help="such as 1q1s128k, 8q1s32k, q2k, 2q1k_32q1s4k"
     )
-    kernels.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(BENCHED))
+    known = *SELECTORS, *BY_CODES
+    kernels.add_argument("--selectors", nargs="+", choices=known, default=list(BENCHED))
     kernels.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     asked = Options()
     for name, help in (

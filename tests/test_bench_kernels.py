@@ -1,6 +1,7 @@
 """`entmaxkv bench kernels` on a CPU: what arms compute, what a run reports, what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from entmaxkv_vllm import cli
 from entmaxkv_vllm.bench import kernels, report, timing
 from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
 from entmaxkv_vllm.bench.batch import parse_batch
+from entmaxkv_vllm.bench.options import BY_CODES
 from entmaxkv_vllm.bench.peers import ARMS
 from entmaxkv_vllm.bench.workload import Pool, Shape, Workload
 
@@ -21,11 +23,11 @@ SHAPE = Shape(6, 2, 32, 16, torch.float32, "cpu")
 MIXED = "2q1s100_1q1s37_2q20s45_1q19"
 
 
-def workload(batch, support=0.05, data="random", **options):
+def workload(batch, support=0.05, data="random", shape=SHAPE, **options):
     torch.manual_seed(3)
     requests = parse_batch(batch)
-    pages = sum(-(-request.tokens // SHAPE.page_size) for request in requests)
-    pool = Pool.of(SHAPE, 2 * pages * SHAPE.page_size, data)
+    pages = sum(-(-request.tokens // shape.page_size) for request in requests)
+    pool = Pool.of(shape, 2 * pages * shape.page_size, data)
     return Workload.over(pool, requests, 2, support, **options)
 
 
@@ -78,6 +80,18 @@ def test_bytes_are_those_of_the_keys_read_the_values_with_weight_and_the_statist
         expected = (read * 16 + support) * vector + pages * page_statistics
         assert arm.counted()["bytes"] == pytest.approx(expected, abs=1)
         assert name != "exact" or read == pages
+
+
+@pytest.mark.parametrize("name", BY_CODES)
+def test_selectors_by_codes_read_the_codes_of_all_pages(name):
+    work = workload("1q1s512", support=0.1, data="clustered", shape=replace(SHAPE, head_size=64))
+    arm = EntmaxArm(work, selector_of(name, 512, 0.1, SHAPE.page_size))
+    arm.steps[0]()
+    assert arm.counters[Counter.SPARSE_STEPS] > 0
+    read, support = (int(arm.counters[c]) for c in (Counter.PAGES_READ, Counter.SUPPORT))
+    codes = 64 + 16 * (16 + 1) + 12
+    expected = (read * 16 + support) * 64 * 4 + SHAPE.kv_heads * 32 * codes
+    assert arm.counted()["bytes"] == pytest.approx(expected, abs=1)
 
 
 def test_a_block_table_can_have_room_for_more_than_its_sequences():

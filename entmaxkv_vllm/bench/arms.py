@@ -10,6 +10,7 @@ import torch
 
 import entmaxkv_kernels
 from entmaxkv_kernels import Adaptive, Counter, Exact, Gaussian, PagedCache, Selector, TopK
+from entmaxkv_vllm.bench.options import BY_CODES
 from entmaxkv_vllm.bench.timing import Step
 from entmaxkv_vllm.bench.workload import ALPHA, Workload
 from entmaxkv_vllm.config import GAUSSIAN
@@ -17,12 +18,13 @@ from entmaxkv_vllm.config import GAUSSIAN
 
 def selector_of(name: str, tokens: int, share: float, page_size: int) -> Selector:
     """The selector of this name; a budget is `share` of `tokens`, at least a page."""
-    if name == "topk":
-        return TopK(token_budget=max(page_size, int(share * tokens)))
+    kind, codes = name.removesuffix("-codes"), name in BY_CODES
+    if kind == "topk":
+        return TopK(token_budget=max(page_size, int(share * tokens)), codes=codes)
     if name in GAUSSIAN:
         return Gaussian(shared_spread=name == "gaussian-paper")
-    if name == "adaptive":
-        return Adaptive()
+    if kind == "adaptive":
+        return Adaptive(codes=codes)
     return Exact(prune=name == "pruned")
 
 

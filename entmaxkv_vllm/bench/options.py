@@ -6,6 +6,8 @@ from typing import TypeVar
 
 PEERS = ("fa3", "triton_attn", "sdpa", "flashinfer")
 DATA = ("random", "clustered")
+BY_CODES = ("topk-codes", "adaptive-codes")
+"""Selectors that are timed with the option `codes`."""
 DTYPES = ("bfloat16", "float16", "float32")
 EXPECTATIONS = ("any", "sparse", "exact", "other")
 """Which path is to have decoded on a server; other: that of another backend."""

@@ -68,7 +68,7 @@ def load_query(p_query, i_b, i_hq, s_query_b, s_query_h, D: tl.constexpr, DP: tl
     parts = ()
     for i_d in tl.static_range(0, DP, BD):
         o_d = i_d + tl.arange(0, BD)
-        parts += (tl.load(p_q + o_d, mask=o_d < D, other=0.0),)
+        parts += (tl.load(p_q + o_d, mask=o_d < D, other=0.0),)  # type: ignore[assignment]
     return parts
 
 
