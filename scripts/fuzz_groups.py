@@ -269,12 +269,13 @@ def run_decodes(
 
 
 def rank_alike(distance: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
-    """[B, kv_heads, 1] bool, whether all pages of a row that are read and not chosen, or the
-    reverse, have the same distance [B, kv_heads, width]: long rows are ranked in whole steps."""
+    """[B, kv_heads, 1] bool, whether as many pages of a row are read as are chosen, and all that
+    are not both have the same distance [B, kv_heads, width]: long rows are ranked in whole steps.
+    """
     differs = read != chosen
     far = distance.masked_fill(~differs, 0).amax(-1, keepdim=True)
     near = distance.masked_fill(~differs, NEVER.value).amin(-1, keepdim=True)
-    return far <= near
+    return (far <= near) & (read.sum(-1, keepdim=True) == chosen.sum(-1, keepdim=True))
 
 
 def listed_pages(family: Family, parts: list[dict[str, Tensor]]) -> Tensor:

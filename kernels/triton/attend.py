@@ -150,7 +150,7 @@ def attend_kernel(
     CLASSES: tl.constexpr, FP: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr,
     BV: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, BM: tl.constexpr, DC: tl.constexpr, EXACT_ROWS: tl.constexpr,
+    BC: tl.constexpr, BU: tl.constexpr, DC: tl.constexpr, EXACT_ROWS: tl.constexpr,
     CERTIFY: tl.constexpr, COUNT: tl.constexpr, MAKE_UP: tl.constexpr, FLAGGED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def attend_kernel(
                 s_head, s_block_table, list_stride, window, limit, rows, exact_below, scale, factor,
                 exponent, value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP,
                 CLASSES, FP, 0, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC,
-                BM, EXACT_ROWS, CERTIFY, COUNT,
+                BU, EXACT_ROWS, CERTIFY, COUNT,
             )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
         return
@@ -227,7 +227,7 @@ def attend_kernel(
     if CERTIFY > 0:
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head,
-            i_d, ranked, tau, peak, b, page_stride, P, BC, BM, DC, CERTIFY, ORDER, False,
+            i_d, ranked, tau, peak, b, page_stride, P, BC, BU, DC, CERTIFY, ORDER, False,
         )  # fmt: skip
 
     b_acc, total, support = sum_values(

@@ -80,7 +80,7 @@ def attend_short_kernel(
     SP: tl.constexpr, CLASSES: tl.constexpr, TILES: tl.constexpr, FP: tl.constexpr,
     SHARES: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, DC: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BU: tl.constexpr, DC: tl.constexpr,
     EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr, MAKE_UP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def attend_short_kernel(
             p_span, p_unread_mass, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head,
             s_block_table, list_stride, window, limit, rows, exact_below, scale, factor, exponent,
             value_scale, page_stride, s_certificate, HKV, G, GP, D, DP, P, BK, S, SP, CLASSES, FP,
-            ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BM, EXACT_ROWS,
+            ROOM, SHARES, WINDOW, LISTED, ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BU, EXACT_ROWS,
             CERTIFY, COUNT,
         )  # fmt: skip
     if ALPHA_PER_HEAD and tl.load(p_alpha + i_hq) == 1.0:
@@ -213,7 +213,7 @@ def attend_short_kernel(
     if CERTIFY > 0:
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head, i_d, ranked, tau,
-            peak, b, page_stride, P, BC, BM, DC, CERTIFY, ORDER, False,
+            peak, b, page_stride, P, BC, BU, DC, CERTIFY, ORDER, False,
         )  # fmt: skip
     b_acc, total, support = sum_values(
         p_value, p_near_score, p_near_slot, b_w, b_v, kept, o_f, o_v, o_d, kept, limit, tau, b,

@@ -185,14 +185,14 @@ def weigh_bounds(b_bound, raised, tau, b, ORDER: tl.constexpr, SOFTMAX: tl.const
 def sum_unread(
     p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_head, i_c, ranked, tau, peak, b,
     page_stride,
-    P: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr,
+    P: tl.constexpr, BC: tl.constexpr, BU: tl.constexpr, C: tl.constexpr, CERTIFY: tl.constexpr,
     ORDER: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """The certificate of a head, which is what its unread tokens weigh at most and 0 if they can
     weigh nothing, and whether it is complete.
 
-    C programs share a head, each with one of C tiles of BC of its pages and of C of BM as long as
-    there are more (BM is 0 if there cannot be); it is complete with the one that comes last. Both
+    C programs share a head, each with one of C tiles of BC of its pages and of C of BU as long as
+    there are more (BU is 0 if there cannot be); it is complete with the one that comes last. Both
     are known to the program's first thread, with C = 1 to all.
 
     tau: the threshold less `peak`, or for SOFTMAX the logarithm of the sum of exponentials.
@@ -206,10 +206,13 @@ def sum_unread(
         each = P * (1.0 + (16.0 + b) * 2.0**-16)
         mass = tl.sum(weigh_bounds(b_bound, raised, tau, b, ORDER, SOFTMAX), 0) * each
         # Of more than 1 the others change nothing, nor of SOFTMAX of no number.
-        if BM > 0 and mass < (float("inf") if SOFTMAX else 1.0):
-            b_more = tl.zeros([BM], tl.float32)
-            for i_p in range(C * BC + i_c * BM, ranked, C * BM):
-                o_page = i_p + tl.arange(0, BM)
+        going = mass < (float("inf") if SOFTMAX else 1.0)
+        if C == 1:
+            going &= i_c == 0
+        if BU > 0 and going:
+            b_more = tl.zeros([BU], tl.float32)
+            for i_p in range(C * BC + i_c * BU, ranked, C * BU):
+                o_page = i_p + tl.arange(0, BU)
                 b_own = load_bounds(p_bound, i_head, o_page, ranked, page_stride)
                 b_more += weigh_bounds(b_own, raised, tau, b, ORDER, SOFTMAX)
             mass += tl.sum(b_more, 0) * each

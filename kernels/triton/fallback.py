@@ -97,7 +97,7 @@ def make_up_row(
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     SHARES: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr, ALIBI: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, BM: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    BC: tl.constexpr, BU: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of those heads of a row's group that are left, `m_left` [GP], with others;
@@ -248,7 +248,7 @@ def make_up_row(
                 )  # fmt: skip
                 bound, complete = sum_unread(
                     p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_row * G + i_g, 0,
-                    ranked, tau, peak, b, page_stride, P, BC, BM, 1, CERTIFY, ORDER, False,
+                    ranked, tau, peak, b, page_stride, P, BC, BU, 1, CERTIFY, ORDER, False,
                 )  # fmt: skip
                 store_certificate(
                     p_certificate, p_counters, bound, complete, i_b, i_h * G + i_g, n,
@@ -269,7 +269,7 @@ def make_up(
     P: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, CLASSES: tl.constexpr,
     FP: tl.constexpr, ROOM: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr,
     LISTED: tl.constexpr, ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, ORDER: tl.constexpr,
-    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+    PS: tl.constexpr, PSP: tl.constexpr, BC: tl.constexpr, BU: tl.constexpr,
     EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of every head that is left, together with other programs of the launch."""
@@ -301,5 +301,5 @@ def make_up(
                     entries, s_query_b, s_query_h, s_out_b, s_out_h, s_page, s_head, list_stride,
                     window, exact_below, scale, factor, exponent, value_scale, page_stride,
                     s_certificate, G, GP, D, DP, P, BK, S, SP, CLASSES, SHARES, WINDOW, LISTED,
-                    ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BM, EXACT_ROWS, CERTIFY, COUNT,
+                    ALIBI, ALPHA_PER_HEAD, ORDER, PS, PSP, BC, BU, EXACT_ROWS, CERTIFY, COUNT,
                 )  # fmt: skip

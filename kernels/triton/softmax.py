@@ -111,7 +111,7 @@ def softmax_combine_kernel(
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ALIBI: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr, PS: tl.constexpr, PSP: tl.constexpr,
-    BC: tl.constexpr, BM: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
+    BC: tl.constexpr, BU: tl.constexpr, EXACT_ROWS: tl.constexpr, CERTIFY: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of one query head in their order."""
@@ -160,7 +160,7 @@ def softmax_combine_kernel(
             spans = spans[0], load_last_span(p_last, ranked)
         bound, complete = sum_unread(
             p_bound, p_unread_mass, unread, spans, rounding, b_bound, i_row * G + i_hq % G, 0,
-            ranked, tl.log(total), peak, 1.0, page_stride, P, BC, BM, 1, CERTIFY, 1, True,
+            ranked, tl.log(total), peak, 1.0, page_stride, P, BC, BU, 1, CERTIFY, 1, True,
         )  # fmt: skip
         store_certificate(
             p_certificate, p_counters, bound, complete, i_b, i_hq, n, s_certificate, COUNT
