@@ -99,14 +99,16 @@ def test_budgets_of_some_thousand_tokens_are_certified():
     check(scene, selector)
 
 
-def test_rounding_goes_by_the_largest_page_of_whichever_split(monkeypatch):
+@pytest.mark.parametrize("alpha", [1.5, 1.0], ids=["entmax", "softmax"])
+@pytest.mark.parametrize("place", [33 * 16 + 5, -1], ids=["in a late split", "read unranked"])
+def test_rounding_goes_by_the_largest_page_wherever_it_is(place, alpha, monkeypatch):
     monkeypatch.setattr(workspace.Shape, "page_tile", 16)
-    scene = tight_scene([9000], kv_heads=1)
-    usual = check(scene, TopK(96))
+    scene = tight_scene([9000], kv_heads=1, spread=1.2 if alpha > 1 else 4.0)
+    usual = check(scene, TopK(96), alpha=alpha)
     assert Step(scene, TopK(96), certify=True).shape.page_splits > 33
-    page = scene.block_table[0, 33 * 16 + 5]
+    page = scene.block_table[0, : -(-9000 // 16)][place]
     scene.cache.scales[page, :, 0] *= 1e3
-    assert (check(scene, TopK(96)) > usual + 0.01).any()
+    assert (check(scene, TopK(96), alpha=alpha) > usual + 0.005).any()
 
 
 @pytest.mark.parametrize("held", [HELD, 0], ids=["scores in registers", "scores in lists"])
