@@ -140,19 +140,18 @@ def make_cache(
     kind: str,
     dtype: torch.dtype,
     lengths: list[int],
-    codes: bool,
-    implementation: str,
+    args: argparse.Namespace,
     random: torch.Generator,
 ) -> tuple[PagedCache, list[Tensor]]:
     """Sequences one after the other in their own pages, and the keys of each that are stored."""
-    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, CODES if codes else BOX)
-    pages = LONGEST // PAGE_SIZE
+    layout = PageLayout(PAGE_SIZE, HEAD_SIZE, CODES if args.codes else BOX)
+    pages = args.longest // PAGE_SIZE
     raw = allocate_pages(len(lengths) * pages, KV_HEADS, layout, dtype, random.device)
     cache, keys = split_pages(raw, layout), []
     for b, length in enumerate(lengths):
         key = KINDS[kind]((length, KV_HEADS, HEAD_SIZE), random).to(dtype)
-        slots = b * LONGEST + torch.arange(length, device=random.device)
-        append(cache, key, key, slots, implementation=implementation)
+        slots = b * args.longest + torch.arange(length, device=random.device)
+        append(cache, key, key, slots, implementation=args.implementation)
         keys.append(key)
     return cache, keys
 
@@ -161,31 +160,30 @@ def check(
     kind: str,
     dtype: torch.dtype,
     alibi: bool,
-    codes: bool,
-    implementation: str,
+    args: argparse.Namespace,
     random: torch.Generator,
 ) -> dict[str, Tensor]:
     """One random batch: the bound, the truth and the recall of its heads."""
-    device, batch = random.device, BATCH[implementation]
+    device, batch = random.device, args.batch or BATCH[args.implementation]
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=random, device=device))
 
-    lengths = [integer(1, LONGEST) for _ in range(batch)]
-    cache, keys = make_cache(kind, dtype, lengths, codes, implementation, random)
+    lengths = [integer(1, args.longest) for _ in range(batch)]
+    cache, keys = make_cache(kind, dtype, lengths, args, random)
     spread = 2.0 ** integer(-1, 3)
     query = spread * independent((batch, KV_HEADS * GROUP, HEAD_SIZE), random)
     slopes = 2.0 ** -torch.arange(1.0, KV_HEADS * GROUP + 1, device=device) if alibi else None
-    pages = LONGEST // PAGE_SIZE
+    pages = args.longest // PAGE_SIZE
     table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
     context = query.to(dtype), cache, table, torch.tensor(lengths, device=device)
     options: dict[str, Any] = {
         "scale": HEAD_SIZE**-0.5,
         "alpha": ALPHAS[integer(0, len(ALPHAS) - 1)],
-        "selector": TopK(integer(0, LONGEST // 2), codes),
+        "selector": TopK(integer(0, args.longest // 2), args.codes),
         "alibi_slopes": slopes,
     }
-    bound, closer, read = run_step(context, implementation, options)
+    bound, closer, read = run_step(context, args.implementation, options)
     truth, recall = torch.zeros_like(bound, dtype=torch.float64), torch.ones_like(bound)
     sparse = torch.zeros_like(bound, dtype=torch.bool)
     for b, key in enumerate(keys):
@@ -234,6 +232,8 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     bounds = ", bounds by codes" if result.get("bounds") == "codes" else ""
+    if (longest := result.get("longest", LONGEST)) != LONGEST:
+        bounds += f", up to {longest:,} tokens"
     total = (
         f"{result['heads_checked']:,} heads, {result['violations']} violations; PyTorch "
         f"{result['versions']['torch']}, {result['gpu']}, the {result['implementation']} "
@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for kind, dtype, alibi in families:
         parts: list[dict[str, Tensor]] = []
         while sum(len(part["bound"]) for part in parts) < args.heads / len(families):
-            parts.append(check(kind, dtype, alibi, args.codes, args.implementation, random))
+            parts.append(check(kind, dtype, alibi, args, random))
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         about_family = {"keys": kind, "dtype": str(dtype).removeprefix("torch."), "alibi": alibi}
         rows.append(about_family | summary(found, ROUNDING[dtype]))
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     totals = {name: sum(int(row[name]) for row in rows) for name in ("heads_checked", "violations")}
     some = [row["median_tightness"] for row in rows if row["median_tightness"] is not None]
     result = about(args.commit) | {"implementation": args.implementation} | totals
-    result["bounds"] = "codes" if args.codes else "boxes"
+    result |= {"bounds": "codes" if args.codes else "boxes", "longest": args.longest}
     result |= {"median_tightness": statistics.median(some) if some else None}
     result |= {"seconds": time.perf_counter() - began, "rows": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -276,10 +276,14 @@ def main() -> None:
     )
     parser.add_argument("--implementation", choices=tuple(BATCH), default="reference")
     parser.add_argument("--codes", action="store_true", help="bound by codes, not by boxes")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens, whole pages")
+    parser.add_argument("--batch", type=int, help="sequences of a step")
     parser.add_argument("--heads", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     args = parser.parse_args()
+    if args.longest < PAGE_SIZE or args.longest % PAGE_SIZE:
+        parser.error(f"--longest is {args.longest}; expected a multiple of {PAGE_SIZE}")
     results = [json.loads(path.read_text()) for path in args.results]
     if args.out:
         results.insert(0, run(args))
