@@ -60,11 +60,11 @@ class Version:
     name: str
     kernels: ModuleType
 
-    def arm(self, name: str, work: Workload, share: float) -> EntmaxArm:
-        """Its steps over a workload, by the name of an arm."""
+    def arm(self, name: str, work: Workload, share: float, appends: bool = False) -> EntmaxArm:
+        """Its steps over a workload, by the name of an arm; see `EntmaxArm`."""
         tokens = max(work.shape.page_size, int(share * work.longest))
         selector = self.kernels.Exact() if name == "exact" else self.kernels.TopK(tokens)
-        return EntmaxArm(work, selector, name.endswith("certified"), self.kernels)
+        return EntmaxArm(work, selector, name.endswith("certified"), self.kernels, appends)
 
     def compile_ahead(self) -> contextlib.AbstractContextManager[None]:
         """Within, steps write nothing; what they would launch is compiled, several at a time."""
@@ -73,7 +73,12 @@ class Version:
 
 
 def measure(
-    versions: list[Version], work: Workload, arms: list[str], share: float, repeats: int
+    versions: list[Version],
+    work: Workload,
+    arms: list[str],
+    share: float,
+    repeats: int,
+    appends: bool = False,
 ) -> list[dict[str, Any]]:
     """A row for each arm and version; `ratio` is the first version's time over this one's, and
     `difference` the largest of an output from the first version's.
@@ -83,7 +88,9 @@ def measure(
     """
     graphs = work.shape.device == "cuda"
     made = {
-        (arm, version.name): version.arm(arm, work, share) for arm in arms for version in versions
+        (arm, version.name): version.arm(arm, work, share, appends)
+        for arm in arms
+        for version in versions
     }
     steps = {f"{arm} {name}": each.steps for (arm, name), each in made.items()}
     times = per_step(steps, repeats, graphs=graphs)
@@ -130,6 +137,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, default="random")
     parser.add_argument("--share", type=float, default=0.05, help="share of pages that top-k reads")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--appends", action="store_true", help="new tokens, as a server does")
     parser.add_argument("--commit", help="of a copy of the code that is no checkout")
     arguments = parser.parse_args()
     names = [version.name for version in arguments.versions]
@@ -145,13 +153,13 @@ def main() -> None:
         with version.compile_ahead():
             for work in works:
                 for arm in arguments.arms:
-                    version.arm(arm, work, arguments.share).steps[0]()
+                    version.arm(arm, work, arguments.share, arguments.appends).steps[0]()
     rows: list[dict[str, Any]] = []
     for work in works:
-        rows += measure(
-            arguments.versions, work, arguments.arms, arguments.share, arguments.repeats
-        )
-        result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
+        asked = arguments.arms, arguments.share, arguments.repeats, arguments.appends
+        rows += measure(arguments.versions, work, *asked)
+        settings = {"data": arguments.data, "appends": arguments.appends}
+        result = about(arguments.commit) | settings | {"rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

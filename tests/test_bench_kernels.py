@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entmaxkv_kernels import Counter, Exact, decode, prefill
+from entmaxkv_kernels import Counter, Exact, TopK, decode, prefill
 from entmaxkv_vllm import cli
 from entmaxkv_vllm.bench import kernels, report, timing
 from entmaxkv_vllm.bench.arms import EntmaxArm, selector_of
@@ -92,6 +92,20 @@ def test_selectors_by_codes_read_the_codes_of_all_pages(name):
     codes = 64 + 16 * (16 + 1) + 12
     expected = (read * 16 + support) * 64 * 4 + SHAPE.kv_heads * 32 * codes
     assert arm.counted()["bytes"] == pytest.approx(expected, abs=1)
+
+
+def test_steps_that_append_write_what_is_there_already():
+    work = workload("3q1s100_1q1s64")
+    arms = [EntmaxArm(work, TopK(32), appends=appends) for appends in (False, True)]
+    before = arms[0].cache.key.clone(), arms[0].cache.value.clone()
+    for arm in arms:
+        for step in arm.steps:
+            step()
+    assert torch.equal(arms[0].outs, arms[1].outs)
+    assert torch.equal(arms[0].cache.key, before[0])
+    assert torch.equal(arms[0].cache.value, before[1])
+    appended = [int(arm.counters[Counter.APPENDED_PAGES]) for arm in arms]
+    assert appended == [0, 2 * 4 * SHAPE.kv_heads]
 
 
 def test_a_block_table_can_have_room_for_more_than_its_sequences():

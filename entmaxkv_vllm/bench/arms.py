@@ -34,6 +34,8 @@ class EntmaxArm:
 
     certified: whether steps say how exact they are, which is counted.
     kernels: another version of the package, which the selector is then of.
+    appends: whether steps write each sequence's newest token, which is there already, as a server's
+        do.
 
     Attributes:
         counters: [len(Counter)] int64, what all steps run so far counted.
@@ -43,6 +45,7 @@ class EntmaxArm:
     selector: Selector
     certified: bool = False
     kernels: ModuleType = entmaxkv_kernels
+    appends: bool = False
 
     def __post_init__(self) -> None:
         device = self.workload.shape.device
@@ -93,6 +96,7 @@ class EntmaxArm:
             "workspace": self.workspace,
             "implementation": work.shape.implementation,
         }
+        new_tokens = self._new_tokens(index) if self.appends and end else None
 
         def step() -> None:
             if end:
@@ -105,6 +109,7 @@ class EntmaxArm:
                     counters=self.counters,
                     out=out[:end],
                     certificate=self.certificate,
+                    new_tokens=new_tokens,
                     **options,
                 )
             if end < len(work.requests):
@@ -119,6 +124,14 @@ class EntmaxArm:
                 )
 
         return step
+
+    def _new_tokens(self, index: int) -> Any:
+        """The last token of every sequence that decodes."""
+        work, size = self.workload, self.workload.shape.page_size
+        last = work.lengths[: work.decodes].long() - 1
+        page = work.tables[index][: work.decodes].gather(1, last[:, None] // size)[:, 0]
+        slots = page.long() * size + last % size
+        return self.kernels.NewTokens(work.pool.key[slots], work.pool.value[slots], slots)
 
     def counted(self) -> dict[str, Any]:
         """What decoding read and gave weight, of the steps run so far.
