@@ -101,7 +101,7 @@ def test_steps_that_append_write_what_is_there_already():
     for arm in arms:
         for step in arm.steps:
             step()
-    assert torch.equal(arms[0].outs, arms[1].outs)
+    assert arms[0].outs.any() and torch.equal(arms[0].outs, arms[1].outs)
     assert torch.equal(arms[0].cache.key, before[0])
     assert torch.equal(arms[0].cache.value, before[1])
     appended = [int(arm.counters[Counter.APPENDED_PAGES]) for arm in arms]

@@ -257,14 +257,15 @@ def test_adaptive_by_codes_drops_less_with_fewer_pages_than_the_papers_rule(cont
     found = tabulate_trained.attention_by_selector("entmax", context)
     ours, paper = found["adaptive-codes"], found["gaussian-paper"]
     assert ours["pages_read"] < 0.35 * paper["pages_read"]
-    assert ours["dropped_mass"] < 0.05 * paper["dropped_mass"]
-    assert ours["support_recall"] >= 0.999 and ours["least_recall"] >= 0.997
+    assert ours["dropped_mass"] < 0.04 * paper["dropped_mass"]
+    assert ours["support_recall"] >= 0.999
+    assert ours["least_recall"] >= (0.999 if context <= 16384 else 0.997)
 
 
 @pytest.mark.parametrize(
     "selector, pages, least, most",
     [
-        ("topk-codes:960", 0.061, 0.0, 0.0006),
+        ("topk-codes:960", 0.061, 0.0, 0.00055),
         ("adaptive-codes", 0.071, -0.0001, 0.0001),
         ("topk:1024", 0.065, 0.05, 0.06),
     ],

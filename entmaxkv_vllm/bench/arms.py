@@ -9,23 +9,16 @@ from typing import Any
 import torch
 
 import entmaxkv_kernels
-from entmaxkv_kernels import Adaptive, Counter, Exact, Gaussian, PagedCache, Selector, TopK
-from entmaxkv_vllm.bench.options import BY_CODES
+from entmaxkv_kernels import Counter, Exact, PagedCache, Selector
 from entmaxkv_vllm.bench.timing import Step
 from entmaxkv_vllm.bench.workload import ALPHA, Workload
-from entmaxkv_vllm.config import GAUSSIAN
+from entmaxkv_vllm.evaluate.selectors import parse_selector
 
 
 def selector_of(name: str, tokens: int, share: float, page_size: int) -> Selector:
     """The selector of this name; a budget is `share` of `tokens`, at least a page."""
-    kind, codes = name.removesuffix("-codes"), name in BY_CODES
-    if kind == "topk":
-        return TopK(token_budget=max(page_size, int(share * tokens)), codes=codes)
-    if name in GAUSSIAN:
-        return Gaussian(shared_spread=name == "gaussian-paper")
-    if kind == "adaptive":
-        return Adaptive(codes=codes)
-    return Exact(prune=name == "pruned")
+    budgeted = name.startswith("topk")
+    return parse_selector(f"{name}:{max(page_size, int(share * tokens))}" if budgeted else name)
 
 
 @dataclass

@@ -75,7 +75,7 @@ def dropped_mass(result: Mapping[str, Any]) -> Any:
     _set_up(axis)
     axis.set_ylabel("dropped mass: exact weight on unread tokens")
     columns = 1 + (len(axis.get_legend_handles_labels()[0]) > 6)
-    axis.legend(fontsize=7 if columns == 1 else 6, ncols=columns, loc="best")
+    axis.legend(fontsize=7 if columns == 1 else 6, ncols=columns)
     model = f"model {result.get('model', 'unknown')}"
     finish(figure, "Dropped mass against budget", f"{model}; {provenance(result)}")
     return figure

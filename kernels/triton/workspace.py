@@ -352,7 +352,7 @@ class Shape:
         """Programs that score the first pages of a query head, a tile each."""
         return -(-self.first_pages // (self.tile // self.page_size))
 
-    def certificate_tile(self, warps: int, parts: int = 1) -> int:
+    def certificate_tile(self, warps: int, parts: int) -> int:
         """Bounds that a program of so many warps, one of `parts` of a head, weighs first: of all
         pages, or four a thread, or eight of one that is alone."""
         most = (256 if parts == 1 else 128) * warps
