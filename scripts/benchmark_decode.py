@@ -45,19 +45,26 @@ SHAPES = {
 
 
 def measure(
-    work: Workload, selectors: dict[str, Selector], profiled: bool, certified: bool
+    work: Workload,
+    selectors: dict[str, Selector],
+    profiled: bool,
+    costs: bool = False,
+    appends: bool = False,
 ) -> Iterable[dict[str, Any]]:
     """One row for each selector, whose names are those of the rows' kernels.
 
-    certified: time `topk` with a certificate as well.
+    costs: time steps that count nothing as well, and `topk` with a certificate.
+    appends: see `EntmaxArm`.
     """
     flash = flash_attention(work)
     for name, selector in selectors.items():
-        own = EntmaxArm(work, selector)
+        own = EntmaxArm(work, selector, appends=appends)
         arms = {"entmax": own.steps} | flash
         certifying = None
-        if certified and isinstance(selector, TopK):
-            certifying = EntmaxArm(work, selector, certified=True)
+        if costs:
+            arms["uncounted"] = EntmaxArm(work, selector, appends=appends, counts=False).steps
+        if costs and isinstance(selector, TopK):
+            certifying = EntmaxArm(work, selector, certified=True, appends=appends)
             arms["certified"] = certifying.steps
         us = per_step(arms, REPLAYS, graphs=True)
         median = {arm: statistics.median(values) for arm, values in us.items()}
@@ -85,19 +92,29 @@ def measure(
         }
         if isinstance(selector, Exact):
             row["error"] = work.exact_error(own.outs[0])
+        for arm in ("uncounted", "certified"):
+            if arm in us:
+                row[f"{arm}_us"] = median[arm]
+                row[f"{arm}_us_spread"] = max(us[arm]) - min(us[arm])
+        row |= costs_of(row)
         if certifying is not None:
-            row |= {
-                "certified_us": median["certified"],
-                "certified_us_spread": max(us["certified"]) - min(us["certified"]),
-                "certificate_cost": median["certified"] / median["entmax"] - 1,
-                "certificates": certifying.counters[Counter.CERTIFIED :].tolist(),
-            }
+            row["certificates"] = certifying.counters[Counter.CERTIFIED :].tolist()
             if profiled:
                 row["certified_kernels_us"] = kernel_times(certifying.steps[:PROFILED_SETS])
         if profiled:
             row["kernels_us"] = kernel_times(own.steps[:PROFILED_SETS])
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         yield row
+
+
+def costs_of(row: dict[str, Any]) -> dict[str, float]:
+    """What counters and the certificate add to a step, as shares of it without them."""
+    found = {}
+    if "uncounted_us" in row:
+        found["counters_cost"] = row["us"] / row["uncounted_us"] - 1
+    if "certified_us" in row:
+        found["certificate_cost"] = row["certified_us"] / row["us"] - 1
+    return found
 
 
 def merge(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -121,9 +138,7 @@ def merge(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 if (spread := f"{name}_spread") in row:
                     row[spread] = max(max(times) - min(times), *(each[spread] for each in rows))
         row["ratio_fa3"] = row["fa3_us"] / row["us"]
-        if "certified_us" in row:
-            row["certificate_cost"] = row["certified_us"] / row["us"] - 1
-        merged.append(row)
+        merged.append(row | costs_of(row))
     return merged
 
 
@@ -158,8 +173,11 @@ def main() -> None:
     sparse = ("topk", "gaussian", "adaptive", "pruned")
     parser.add_argument("--sparse", choices=sparse, default="topk")
     parser.add_argument(
-        "--certificate", action="store_true", help="time top-k with a certificate, too"
+        "--costs",
+        action="store_true",
+        help="time steps without counters and with certificates, too",
     )
+    parser.add_argument("--appends", action="store_true", help="new tokens, as a server does")
     parser.add_argument("--profile", action="store_true", help="add the time of each kernel")
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"
@@ -176,7 +194,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     # Written after each case: a run that is cut short keeps what it has.
-    result = about(arguments.commit) | {"data": arguments.data, "rows": rows}
+    settings = {"data": arguments.data, "appends": arguments.appends}
+    result = about(arguments.commit) | settings | {"rows": rows}
     chosen = [SHAPES[name] for name in arguments.shapes]
     chosen.sort(key=lambda shape: shape[:3])
     for heads, shapes in itertools.groupby(chosen, key=lambda shape: shape[:3]):
@@ -193,8 +212,8 @@ def main() -> None:
                     pool, requests, sets, arguments.support, max(context, arguments.table_tokens)
                 )
                 selectors = selectors_for(arguments.sparse, context, arguments.share)
-                certified = arguments.certificate
-                for row in measure(work, selectors, arguments.profile, certified):
+                asked = arguments.profile, arguments.costs, arguments.appends
+                for row in measure(work, selectors, *asked):
                     rows.append(row)
                     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         # The next shape takes its memory.

@@ -38,8 +38,8 @@ def imitate_flash_attention(work):
     return {"fa3_plain": steps, "fa3_scheduled": steps}
 
 
-@pytest.mark.parametrize("certified", [False, True])
-def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch):
+@pytest.mark.parametrize("costs", [False, True])
+def test_rows_of_decode_are_those_of_the_committed_tables(costs, monkeypatch):
     monkeypatch.setattr(benchmark_decode, "flash_attention", imitate_flash_attention)
 
     def per_step(arms, repeats, graphs):
@@ -52,10 +52,13 @@ def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch
     pool = Pool.of(SHAPE, 4 * 1024, "clustered")
     work = Workload.over(pool, [Request(1, 1024)] * 2, 2, 0.05, 2048)
     selectors = {"exact": Exact(), "sparse": TopK(128)}
-    exact, sparse = benchmark_decode.measure(work, selectors, profiled=True, certified=certified)
+    exact, sparse = benchmark_decode.measure(work, selectors, True, costs, appends=costs)
     for row, kernel in ((exact, "exact"), (sparse, "sparse")):
         more = row.keys() - committed_row("decode-h200-clustered.json", kernel).keys()
-        assert bool(more) is (certified and kernel == "sparse")
+        assert ("counters_cost" in more, "certificate_cost" in more) == (
+            costs,
+            costs and kernel == "sparse",
+        )
         assert committed_row("decode-h200-clustered.json", kernel).keys() <= row.keys()
         assert (row["batch"], row["context"], row["table_tokens"]) == (2, 1024, 2048)
         assert row["fa3_us"] == min(row["fa3_plain_us"], row["fa3_scheduled_us"])
@@ -63,7 +66,7 @@ def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch
     assert exact["pages_read"] == 1 and exact["error"] < 1e-5
     # 8 pages of the budget and the last one, of 64.
     assert sparse["pages_read"] == pytest.approx(9 / 64)
-    if certified:
+    if costs:
         assert (
             sum(sparse["certificates"]) % (2 * SHAPE.query_heads) == 0 < sum(sparse["certificates"])
         )
@@ -71,7 +74,8 @@ def test_rows_of_decode_are_those_of_the_committed_tables(certified, monkeypatch
 
 def test_a_row_of_several_processes_has_their_medians_and_widest_spread():
     times = [(37.0, 0.5, 136.0), (35.0, 1.0, 140.0), (36.0, 3.0, 138.0)]
-    row = {"kernel": "sparse", "batch": 1, "context": 131072, "bytes": 7, "certified_us": 40.5}
+    row = {"kernel": "sparse", "batch": 1, "context": 131072, "bytes": 7}
+    row |= {"certified_us": 40.5, "uncounted_us": 35.5}
     runs = [
         [row | {"us": us, "us_spread": spread, "fa3_us": fa3, "kernels_us": {"box_kernel": us - 9}}]
         for us, spread, fa3 in times
@@ -80,6 +84,7 @@ def test_a_row_of_several_processes_has_their_medians_and_widest_spread():
     assert (merged["us"], merged["us_spread"], merged["fa3_us"]) == (36.0, 3.0, 138.0)
     assert merged["ratio_fa3"] == pytest.approx(138 / 36)
     assert merged["certificate_cost"] == pytest.approx(40.5 / 36 - 1)
+    assert merged["counters_cost"] == pytest.approx(36 / 35.5 - 1)
     assert merged["kernels_us"] == {"box_kernel": 27.0}
     assert [run["us"] for run in merged["runs"]] == [37.0, 35.0, 36.0]
 

@@ -29,6 +29,7 @@ class EntmaxArm:
     kernels: another version of the package, which the selector is then of.
     appends: whether steps write each sequence's newest token, which is there already, as a server's
         do.
+    counts: whether steps count; `counted` and `complaint` know nothing of those that do not.
 
     Attributes:
         counters: [len(Counter)] int64, what all steps run so far counted.
@@ -39,6 +40,7 @@ class EntmaxArm:
     certified: bool = False
     kernels: ModuleType = entmaxkv_kernels
     appends: bool = False
+    counts: bool = True
 
     def __post_init__(self) -> None:
         device = self.workload.shape.device
@@ -99,7 +101,7 @@ class EntmaxArm:
                     table[:end],
                     work.lengths[:end],
                     selector=self.selector,
-                    counters=self.counters,
+                    counters=self.counters if self.counts else None,
                     out=out[:end],
                     certificate=self.certificate,
                     new_tokens=new_tokens,
