@@ -36,14 +36,16 @@ UNITS = tl.constexpr(2.0**40)
 
 @triton.jit
 def take_bounds(
-    p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G: tl.constexpr, P: tl.constexpr
+    p_bound, b_logical, o_n, i_row, n, page_stride, G: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """Takes away the bounds that the heads o_g of a group have of the pages of a tile of tokens:
-    of numbers b_logical [BN] in a sequence of n tokens; o_n are the tokens' places in the tile."""
-    p_b = p_bound + (i_row * G + o_g)[None, :].to(tl.int64) * page_stride + b_logical[:, None]
-    m_first = (o_n % P == 0) & (b_logical * P < n)
-    m_bound = m_first[:, None] & (o_g < G)[None, :]
-    tl.store(p_b, tl.full(m_bound.shape, -float("inf"), tl.float32), mask=m_bound)
+    """Takes away the bounds that the heads of a group have of the pages of a tile of tokens: of
+    numbers b_logical [BN] in a sequence of n tokens; o_n are the tokens' places in the tile. Each
+    token of a page sees to one head, so that a thread has one store."""
+    for i_g in tl.static_range(0, G, P):
+        o_g = i_g + o_n % P
+        p_b = p_bound + (i_row * G + o_g).to(tl.int64) * page_stride + b_logical
+        m_bound = (o_g < G) & (b_logical * P < n)
+        tl.store(p_b, tl.full(m_bound.shape, -float("inf"), tl.float32), mask=m_bound)
 
 
 @triton.jit

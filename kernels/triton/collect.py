@@ -173,13 +173,15 @@ def collect_kernel(
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     APPENDS: writes the newest token of every sequence, too, as `append` does, and STATISTICS of its
-    page by a program of its own after the splits.
+    page by a program of its own, before the splits: it takes longest.
     OVERLAPPED: lets the next launch start beside this one, as it does where no pages are listed.
     """
     if not LISTED and not GUESSED:
         # The first launch of a step: what it is given may not be there yet.
         await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if APPENDS and STATISTICS > 0:
+        i_s -= 1
     i_row = i_b * HKV + i_h
     n = tl.load(p_seq_lens + i_b).to(tl.int32)
     PAGES: tl.constexpr = BN // P
@@ -189,7 +191,7 @@ def collect_kernel(
         listed = count_listed(n, ranked, budget, P)
     o_n, o_d, o_g = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, GP)
     if APPENDS:
-        if STATISTICS > 0 and i_s == S:
+        if STATISTICS > 0 and i_s < 0:
             write_last_statistics(
                 p_new_key, p_slot_mapping, p_key, p_statistics, p_scales, i_b, i_h,
                 s_new_key_b, s_new_key_h, s_page, s_head, s_statistics_page, s_statistics_head,
@@ -284,7 +286,7 @@ def collect_kernel(
         )  # [BN, GP]
         b_maximum = tl.maximum(b_maximum, b_z)
         if CERTIFY == BOUNDED:
-            take_bounds(p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G, P)
+            take_bounds(p_bound, b_logical, o_n, i_row, n, page_stride, G, P)
         if filtered == 0:
             p_z = p_score + o_list[None, :] + (count + o_n)[:, None]
             m_z = m_g[None, :]

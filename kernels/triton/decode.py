@@ -225,7 +225,8 @@ def _certificate_tiles(shape: Shape, warps: int, parts: int) -> dict[str, int]:
     """Bounds that a program of so many warps, one of `parts` of a head, weighs first, and at once
     of the others: 0 if there are none."""
     first = shape.certificate_tile(warps, parts)
-    return {"BC": first, "BU": 4 * first if shape.max_pages > first else 0}
+    others = -(-shape.max_pages // parts) - first
+    return {"BC": first, "BU": min(4 * first, power_of_two(others)) if others > 0 else 0}
 
 
 def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:

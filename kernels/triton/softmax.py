@@ -76,7 +76,7 @@ def softmax_kernel(
             b_k, b_q, b_logical, o_n, n, window, b_scale, b_slope, P, WINDOW, ALIBI
         )  # [BN, GP]
         if CERTIFY == BOUNDED:
-            take_bounds(p_bound, b_logical, o_n, i_row, o_g, n, page_stride, G, P)
+            take_bounds(p_bound, b_logical, o_n, i_row, n, page_stride, G, P)
         b_raised = tl.maximum(b_maximum, tl.max(b_z, 0))
         b_weight = tl.exp(b_z - b_raised[None, :])
         b_shrink = tl.exp(b_maximum - b_raised)

@@ -134,6 +134,8 @@ def box_kernel(
     ROUNDED: also what that depends on, the largest sum of the two scales of a page of a split,
     p_span [rows, PS + 1]. That of the last page, which is not ranked, is added by who reads it.
     """
+    # Where columns are left of those of the heads, that sum takes the place of a head's reach.
+    SPARE: tl.constexpr = ROUNDED and GP > G
     await_if(early == 0, CHAINED)
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_b * HKV + i_h
@@ -165,7 +167,7 @@ def box_kernel(
     b_maximum = tl.full([BP, GP], -float("inf"), tl.float32)
     b_minimum = tl.full([BP, GP], float("inf"), tl.float32)
     b_next = tl.load(p_table + i_s * BP + o_p, mask=i_s * BP + o_p < ranked, other=0)
-    if ROUNDED:
+    if ROUNDED and not SPARE:
         b_span = tl.zeros([BP, GP], tl.float32)
     if CERTIFY:
         p_b = p_bound + i_row.to(tl.int64) * (G * page_stride)
@@ -199,8 +201,13 @@ def box_kernel(
         m_page = (o_page < ranked)[:, None]
         if ROUNDED:
             b_both = tl.broadcast_to((b_center_scale + b_half_scale)[:, None], [BP, GP])
-            b_span = tl.maximum(b_span, tl.where(m_page, hold_like(b_both, b_reach), 0.0))
-        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_reach, -float("inf")))
+            b_both = hold_like(b_both, b_reach)
+        b_top = b_reach
+        if SPARE:
+            b_top = tl.where(m_g[None, :], b_reach, b_both)
+        elif ROUNDED:
+            b_span = tl.maximum(b_span, tl.where(m_page, b_both, 0.0))
+        b_maximum = tl.maximum(b_maximum, tl.where(m_page, b_top, -float("inf")))
         b_minimum = tl.minimum(b_minimum, tl.where(m_page, b_reach, float("inf")))
         m_own = m_g[None, :] & m_page
         if CERTIFY:
@@ -222,11 +229,14 @@ def box_kernel(
             store_held(p_s, b_reach, m_own & (o_page % STEP == 0)[:, None])
     allow_next(CHAINED and not OVERLAPPED)
     # They go through the block's one exchange.
-    if ROUNDED:
+    if ROUNDED and not SPARE:
         b_most, b_least, b_span = tl.reduce((b_maximum, -b_minimum, b_span), 0, most_of_three)
-        store_held(p_span + i_row * (PS + 1) + i_s + o_g, b_span, o_g == 0)
     else:
         b_most, b_least = tl.reduce((b_maximum, -b_minimum), 0, most_of_two)
+        b_span = b_most
+    if ROUNDED:
+        p_own = p_span + i_row * (PS + 1) + i_s + o_g * 0
+        store_held(p_own, b_span, o_g == (G if SPARE else 0))
     p_e = p_page_extreme + (i_row * PS + i_s) * (2 * GW) + 2 * o_g
     store_held(p_e, b_most, m_g)
     store_held(p_e + 1, b_least, m_g)

@@ -131,7 +131,8 @@ def test_heads_have_their_own_alpha_and_slope(path, codes):
 @pytest.mark.parametrize("codes", [False, True] if ON_GPU else [False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "kv_heads, group, head_size, page_size", [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64)]
+    "kv_heads, group, head_size, page_size",
+    [(1, 16, 80, 32), (3, 1, 128, 16), (1, 3, 256, 64), (1, 20, 64, 16)],
 )
 def test_every_shape_of_heads_and_pages_is_served(
     kv_heads, group, head_size, page_size, dtype, codes
