@@ -87,19 +87,23 @@ def kernel_table(result: dict[str, Any]) -> list[str]:
     return table_lines(titles, rows)
 
 
-def certificate_table(result: dict[str, Any]) -> list[str]:
-    titles = ["context", "us", "with a certificate", "more", "at most 3%"]
-    rows = [
-        (
-            thousands(row["context"]),
-            f"{row['us']:.1f}",
-            f"{row['certified_us']:.1f}",
-            f"{row['certificate_cost']:.0%}",
-            verdict(row["certificate_cost"] <= CERTIFICATE_AT_MOST),
-        )
-        for row in result["rows"]
-        if "certificate_cost" in row
-    ]
+def costs_table(result: dict[str, Any]) -> list[str]:
+    titles = ["kernel", "context", "counting nothing", "us", "spread", "counters"]
+    titles += ["with a certificate", "spread", "certificate", "at most 3%"]
+    rows = []
+    for row in result["rows"]:
+        if not row.keys() & {"counters_cost", "certificate_cost"}:
+            continue
+        counters, certificate = [""] * 2, [""] * 4
+        if "counters_cost" in row:
+            counters = [f"{row['uncounted_us']:.1f}", f"{row['counters_cost']:.1%}"]
+        if "certificate_cost" in row:
+            cost = row["certificate_cost"]
+            certificate = [f"{row['certified_us']:.1f}", f"{row['certified_us_spread']:.1f}"]
+            certificate += [f"{cost:.1%}", verdict(cost <= CERTIFICATE_AT_MOST)]
+        own = f"{row['us']:.1f}", f"{row['us_spread']:.1f}"
+        place = row["kernel"], thousands(row["context"])
+        rows.append((*place, counters[0], *own, counters[1], *certificate))
     return table_lines(titles, rows)
 
 
@@ -265,7 +269,9 @@ def tests_table(result: dict[str, Any]) -> list[str]:
 
 SECTIONS = (
     ("decode-h200.json", "Decode, random keys", decode_table),
-    ("decode-h200.json", "What the certificate costs", certificate_table),
+    ("costs-h200.json", "What counters and the certificate cost", costs_table),
+    ("costs-h200-appended.json", "The same of steps that append, as a server's do", costs_table),
+    ("costs-h200-clustered.json", "The same of keys in topics", costs_table),
     ("decode-h200-head-size-64.json", "Decode, random keys, head size 64", decode_table),
     ("decode-h200-other-shapes.json", "Decode, random keys, other shapes", decode_table),
     (
@@ -274,7 +280,7 @@ SECTIONS = (
         decode_table,
     ),
     ("decode-h100.json", "Decode on an H100, random keys", decode_table),
-    ("decode-h100.json", "What the certificate costs on an H100", certificate_table),
+    ("decode-h100.json", "What the certificate costs on an H100", costs_table),
     ("decode-h200-clustered.json", "Decode, keys in topics, support 0.1%", decode_table),
     ("decode-h200-clustered.json", "Where a step's time goes", kernel_table),
     (
