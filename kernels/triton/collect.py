@@ -40,6 +40,9 @@ GUESSED_MASS = tl.constexpr(2.5)
 EXCEPTIONS = tl.constexpr(4)
 PEAK_TOKENS = tl.constexpr(128)
 GUESS_STEPS = tl.constexpr(3)
+# Of a score, what the order of a sum changes: the largest one alone proves a guess that is so much
+# more than one below it as it was sampled, however those who look for it add it up.
+SUM_ROUNDING = tl.constexpr(2.0**-16)
 
 
 @triton.jit(do_not_specialize=["early", "s_new_key_b", "s_new_key_h", "p_slot_mapping"])
@@ -132,7 +135,9 @@ def guess_kernel(
         for _ in range(GUESS_STEPS):
             above, slope = sum_moments(b_z, guess, b, ORDER)
             guess += newton_step(above, slope, root, b, ORDER)
-        guess = tl.maximum(guess, peak - 1.0)
+        # An infinite peak stays one.
+        rounding = tl.minimum(tl.abs(peak) * SUM_ROUNDING, 1.0)
+        guess = tl.maximum(guess, peak - 1.0 - rounding)
     tl.store(p_guess + i_b * HKV * G + i_hq, guess)
 
 
@@ -173,7 +178,7 @@ def collect_kernel(
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     APPENDS: writes the newest token of every sequence, too, as `append` does, and STATISTICS of its
-    page by a program of its own, before the splits: it takes longest.
+    page by a program of its own, before the splits of its row: it takes longest.
     OVERLAPPED: lets the next launch start beside this one, as it does where no pages are listed.
     """
     if not LISTED and not GUESSED:
