@@ -55,6 +55,7 @@ def test_rows_of_decode_are_those_of_the_committed_tables(costs, monkeypatch):
     exact, sparse = benchmark_decode.measure(work, selectors, True, costs, appends=costs)
     for row, kernel in ((exact, "exact"), (sparse, "sparse")):
         more = row.keys() - committed_row("decode-h200-clustered.json", kernel).keys()
+        assert bool(more) is costs
         assert ("counters_cost" in more, "certificate_cost" in more) == (
             costs,
             costs and kernel == "sparse",

@@ -40,7 +40,7 @@ def take_bounds(
 ):  # fmt: skip
     """Takes away the bounds that the heads of a group have of the pages of a tile of tokens: of
     numbers b_logical [BN] in a sequence of n tokens; o_n are the tokens' places in the tile. Each
-    token of a page sees to one head, so that a thread has one store."""
+    token of a page sees to one head, so that a thread has one store where no more heads are."""
     for i_g in tl.static_range(0, G, P):
         o_g = i_g + o_n % P
         p_b = p_bound + (i_row * G + o_g).to(tl.int64) * page_stride + b_logical

@@ -225,8 +225,9 @@ def _certificate_tiles(shape: Shape, warps: int, parts: int) -> dict[str, int]:
     """Bounds that a program of so many warps, one of `parts` of a head, weighs first, and at once
     of the others: 0 if there are none."""
     first = shape.certificate_tile(warps, parts)
-    others = -(-shape.max_pages // parts) - first
-    return {"BC": first, "BU": min(4 * first, power_of_two(others)) if others > 0 else 0}
+    others = power_of_two(max(-(-shape.max_pages // parts) - first, 32 * warps))
+    # Who makes up for a head weighs all of its bounds, whatever parts share them elsewhere.
+    return {"BC": first, "BU": min(4 * first, others) if shape.max_pages > first else 0}
 
 
 def _ranking(shape: Shape, selector: Selector) -> dict[str, Any]:

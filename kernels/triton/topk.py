@@ -132,7 +132,8 @@ def box_kernel(
     SPREAD: also how far above the center that is, p_spread [rows, page_stride, GW].
     CERTIFY: also upper bounds of these scores but for rounding, p_bound [rows, G, page_stride].
     ROUNDED: also what that depends on, the largest sum of the two scales of a page of a split,
-    p_span [rows, PS + 1]. That of the last page, which is not ranked, is added by who reads it.
+    p_span [rows, PS + 1]; at most 0 of a split without pages. That of the last page, which is not
+    ranked, is added by who reads it.
     """
     # Where columns are left of those of the heads, that sum takes the place of a head's reach.
     SPARE: tl.constexpr = ROUNDED and GP > G

@@ -101,9 +101,10 @@ def test_budgets_of_some_thousand_tokens_are_certified():
 
 @pytest.mark.parametrize("alpha", [1.5, 1.0], ids=["entmax", "softmax"])
 @pytest.mark.parametrize("place", [33 * 16 + 5, -1], ids=["in a late split", "read unranked"])
-def test_rounding_goes_by_the_largest_page_wherever_it_is(place, alpha, monkeypatch):
+@pytest.mark.parametrize("group", [2, 8], ids=["columns are left", "heads fill the columns"])
+def test_rounding_goes_by_the_largest_page_wherever_it_is(group, place, alpha, monkeypatch):
     monkeypatch.setattr(workspace.Shape, "page_tile", 16)
-    scene = tight_scene([9000], kv_heads=1, spread=1.2 if alpha > 1 else 4.0)
+    scene = tight_scene([9000], kv_heads=1, group=group, spread=1.2 if alpha > 1 else 4.0)
     usual = check(scene, TopK(96), alpha=alpha)
     assert Step(scene, TopK(96), certify=True).shape.page_splits > 33
     page = scene.block_table[0, : -(-9000 // 16)][place]
@@ -117,8 +118,8 @@ def test_bounds_of_more_pages_than_are_held_at_once_are_weighed_in_turn(held, pa
     monkeypatch.setattr(workspace, "HELD_LISTED", held)
     monkeypatch.setattr(workspace.Shape, "value_parts", parts)
     monkeypatch.setattr(workspace.Shape, "certificate_parts", lambda *_: parts)
-    monkeypatch.setattr(workspace.Shape, "certificate_tile", lambda *_: 16)
-    found = check(tight_scene([1100, 300]), TopK(96), alpha=MIXED, alibi_slopes=SLOPES)
+    monkeypatch.setattr(workspace.Shape, "certificate_tile", lambda *_: 4)
+    found = check(tight_scene([2300, 300]), TopK(96), alpha=MIXED, alibi_slopes=SLOPES)
     assert ((found > 0) & (found < 1)).any()
 
 
