@@ -54,7 +54,10 @@ def measure(
     """One row for each selector, whose names are those of the rows' kernels.
 
     costs: time steps that count nothing as well, and `topk` with a certificate.
-    appends: see `EntmaxArm`.
+    appends: see `EntmaxArm`; FlashAttention-3 only reads.
+
+    Raises:
+        RuntimeError: if `topk` read everything, or nothing sparsely.
     """
     flash = flash_attention(work)
     for name, selector in selectors.items():
@@ -67,6 +70,8 @@ def measure(
             certifying = EntmaxArm(work, selector, certified=True, appends=appends)
             arms["certified"] = certifying.steps
         us = per_step(arms, REPLAYS, graphs=True)
+        if isinstance(selector, TopK) and (complaint := (certifying or own).complaint()):
+            raise RuntimeError(f"{name} at {work.longest} tokens: {complaint}")
         median = {arm: statistics.median(values) for arm, values in us.items()}
         flash_us = min(median["fa3_plain"], median["fa3_scheduled"])
         counted = own.counted()
@@ -177,7 +182,11 @@ def main() -> None:
         action="store_true",
         help="time steps without counters and with certificates, too",
     )
-    parser.add_argument("--appends", action="store_true", help="new tokens, as a server does")
+    parser.add_argument(
+        "--appends",
+        action="store_true",
+        help="new tokens, as a server does; FlashAttention-3 does not",
+    )
     parser.add_argument("--profile", action="store_true", help="add the time of each kernel")
     parser.add_argument(
         "--contexts", type=int, nargs="+", help="only these of the shapes' contexts"

@@ -73,6 +73,17 @@ def test_rows_of_decode_are_those_of_the_committed_tables(costs, monkeypatch):
         )
 
 
+def test_a_sparse_row_whose_sparse_path_never_ran_is_refused(monkeypatch):
+    monkeypatch.setattr(benchmark_decode, "flash_attention", imitate_flash_attention)
+    monkeypatch.setattr(
+        benchmark_decode, "per_step", lambda arms, *_, **__: timing.per_step(arms, 1, graphs=False)
+    )
+    pool = Pool.of(SHAPE, 512, "random")
+    work = Workload.over(pool, [Request(1, 512)], 1, 0.05)
+    with pytest.raises(RuntimeError, match="sparse at 512 tokens: every page was read"):
+        list(benchmark_decode.measure(work, {"sparse": TopK(512)}, profiled=False))
+
+
 def test_a_row_of_several_processes_has_their_medians_and_widest_spread():
     times = [(37.0, 0.5, 136.0), (35.0, 1.0, 140.0), (36.0, 3.0, 138.0)]
     row = {"kernel": "sparse", "batch": 1, "context": 131072, "bytes": 7}

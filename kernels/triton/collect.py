@@ -178,7 +178,8 @@ def collect_kernel(
     OVERFULL: rows that are read whole may have more scores than there is room for.
     CHOOSING: every split chooses the pages of its row by itself, and lists those that it reads.
     APPENDS: writes the newest token of every sequence, too, as `append` does, and STATISTICS of its
-    page by a program of its own, before the splits of its row: it takes longest.
+    page by a program of its own, before the splits of its row: after them
+    it was measured to cost more.
     OVERLAPPED: lets the next launch start beside this one, as it does where no pages are listed.
     """
     if not LISTED and not GUESSED:
